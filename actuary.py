@@ -1,0 +1,106 @@
+"""The `actuary` program: one table of verbs, each of which lives in its own room.
+
+Nothing is imported for a verb until it is called, so `actuary serve` never sees torch and
+`actuary --help` answers in an image that holds only one room. The exceptions that every room
+raises stand here too, because this is the one module that all of them may import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+# ActuaryError                exit code 1: the work was done and its result is a failure
+#  |- GateFailed              a parity gate or a comparison found what it must not
+#  `- BadInput                exit code 2: arguments, files or folders that we cannot use
+
+
+class ActuaryError(Exception):
+    """Something failed that a person can act on; the message says what, and what to do."""
+
+    exit_code = 1
+
+
+class GateFailed(ActuaryError):
+    """A check refused a result; nothing was written."""
+
+
+class BadInput(ActuaryError):
+    """The caller gave something that cannot be used; the message names it and what is allowed."""
+
+    exit_code = 2
+
+
+# verb: (where its click command is, the optional extra that it needs, one line for --help)
+VERBS: dict[str, tuple[str, str, str]] = {
+    "list": ("models.cli:list_", "train", "Every activation of the registry."),
+    "train": ("models.cli:train", "train", "Train variants of a small GPT, one per activation."),
+    "explain": ("export.cli:explain", "train", "One activation: formula, kind, paper, ONNX function."),
+    "export": ("export.cli:export", "train", "Turn checkpoints into ONNX bundles that run anywhere."),
+    "inspect": ("export.cli:inspect", "serve", "What is in a bundle."),
+    "serve": ("service.cli:serve", "serve", "Serve every bundle of a folder over HTTP."),
+    "load": ("loadtest.cli:load", "load", "Put load on a running service, one row per variant."),
+}
+
+
+class _LazyGroup(click.Group):
+    """Imports a verb's module when the verb is called, and not before."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        where, extra, _ = VERBS[name]
+        module, _, attribute = where.partition(":")
+        try:
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as missing:
+            raise BadInput(
+                f"`actuary {name}` needs the package {missing.name!r}, which is not installed; "
+                f"install it with: pip install 'actuary[{extra}]'"
+            ) from missing
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in VERBS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in VERBS:
+            ctx.fail(f"unknown verb {args[0]!r}; known: {', '.join(VERBS)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="actuary")
+def cli() -> None:
+    """What an activation function costs to serve, and what it buys.
+
+    \b
+    From a formula to a served probability:
+      actuary train --activations gelu,swiglu --steps 600
+      actuary export artifacts/checkpoints/gelu artifacts/checkpoints/swiglu
+      actuary serve
+      curl -s localhost:8000/v1/next-token -H 'content-type: application/json' \\
+           -d '{"model": "*", "prompt": "if x is not", "top_k": 3}'
+    """
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Run one verb. Exits 0 when done, 1 when it failed, 2 for bad arguments or input."""
+    try:
+        return cli.main(args=argv, prog_name="actuary")
+    except ActuaryError as error:
+        click.echo(f"actuary: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The bundle: a folder with model.onnx, tokenizer.json and manifest.json, as export writes and service reads it.
+
+This module is the contract between the two rooms. It imports neither torch nor onnx, so the
+serving process can read what export wrote.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from actuary import BadInput
+
+SCHEMA = 1
+OPSET = 20  # the newest at which every operator that we emit still has its CUDA kernel registered
+DOMAIN = "ai.actuary"  # of our own operators
+
+MODEL, TOKENIZER, MANIFEST = "model.onnx", "tokenizer.json", "manifest.json"
+CATALOGUE = "activations.json"  # beside the bundles: every activation of the registry that exported them
+
+# The graph's inputs and outputs. B prompts, right-padded to T tokens; V the vocabulary; K = min(top_k, V).
+INPUT_IDS = "input_ids"  # int64 [B, T], padding may be any id: a causal model never looks ahead
+LENGTHS = "lengths"  # int64 [B], 1 <= length <= T
+TOP_K = "top_k"  # int64 [1], 0 <= top_k <= V
+LOGITS = "logits"  # float32 [B, V], at position length - 1
+SOFTMAX = "softmax"  # float32 [B, V]
+SIGMOID = "sigmoid"  # float32 [B, V]
+TOP_IDS = "top_ids"  # int64 [B, K], by falling logit, ties by rising id
+MASS = "mass"  # float32 [B, 2]: sum over V of softmax, of sigmoid
+ENTROPY_BITS = "entropy_bits"  # float32 [B, 2]: of softmax; of sigmoid divided by its mass
+INPUTS = (INPUT_IDS, LENGTHS, TOP_K)
+OUTPUTS = (LOGITS, SOFTMAX, SIGMOID, TOP_IDS, MASS, ENTROPY_BITS)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, allow_inf_nan=False)
+
+
+class Curve(_Record):
+    """f and its slope over x. A gated form is drawn with `up` = 1; one over the hidden axis for one
+    unit among `units`, the others at 0."""
+
+    x: list[float]
+    y: list[float]
+    slope: list[float]
+    units: int = 1
+
+
+class ActivationInfo(_Record):
+    """An activation as people who only serve it see it: derived from its registry record."""
+
+    name: str
+    formula: str
+    kind: Literal["pointwise", "learned", "gated", "hidden_axis"]
+    paper: str
+    learned: dict[str, float] = {}
+    curve: Curve
+
+
+class Quality(_Record):
+    """Held-out quality of the checkpoint; of the tokens under `head`'s own probabilities."""
+
+    bits_per_byte: float
+    ece: float
+    corpus_sha256: str
+
+
+class Parity(_Record):
+    """ONNX Runtime against torch in float64, over fresh probes: logits, absolute and over the largest |logit|."""
+
+    max_abs: float
+    max_rel: float
+    bound: float  # of max_rel; its derivation stands in export/parity.py
+    activation_max_rel: float  # of the activation alone, at random and extreme inputs
+    activation_bound: float
+    probes: int
+    probes_left_out: int = 0  # where torch's own float32 misses float64 by more than the bound
+
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Manifest(_Record):
+    """What a bundle says of itself; `schema` is 1."""
+
+    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
+    activation: str
+    formula: str
+    kind: Literal["pointwise", "learned", "gated", "hidden_axis"]
+    head: Literal["softmax", "sigmoid"]
+    precision: Literal["fp32", "int8", "fp16", "bf16"]
+    flavor: Literal["ort", "portable"]
+    opset: int
+    vocab_size: Annotated[int, Field(gt=0)]
+    context: Annotated[int, Field(gt=0)]
+    layers: Annotated[int, Field(gt=0)]
+    dim: Annotated[int, Field(gt=0)]
+    heads: Annotated[int, Field(gt=0)]
+    hidden: Annotated[int, Field(gt=0)]
+    parameters: Annotated[int, Field(gt=0)]
+    quality: Quality | None = None  # None: random weights
+    parity: Parity
+    activation_info: ActivationInfo
+    files: dict[str, Sha256]
+    created: datetime.datetime
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _names_its_files(self) -> Manifest:
+        for name in (MODEL, TOKENIZER):
+            if name not in self.files:
+                raise ValueError(f"files must hold the sha256 of {name}")
+        for name in self.files:
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise ValueError(f"file {name!r} must be a plain name inside the bundle")
+        return self
+
+    def to_json(self) -> str:
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+
+class Catalogue(_Record):
+    """Every activation of the registry, written beside the bundles."""
+
+    activations: list[ActivationInfo]
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _describe(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()[:5])
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of `folder`, checked against its schema only; BadInput says what is wrong."""
+    path = folder / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BadInput(f"{folder} is not a bundle: {MANIFEST} cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        raise BadInput(f"{path} does not fit schema {SCHEMA}: {_describe(error)}; export it again") from error
+
+
+def read_bundle(folder: Path) -> Manifest:
+    """The manifest of `folder` after every file it names was found with the sha256 it names."""
+    manifest = read_manifest(folder)
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BadInput(f"bundle {folder}: {name} is missing; export it again")
+        found = sha256_of(path)
+        if found != expected:
+            raise BadInput(
+                f"bundle {folder}: {name} has sha256 {found[:12]}..., its manifest says {expected[:12]}...; "
+                "it is damaged or was changed: export it again"
+            )
+    return manifest
+
+
+def read_catalogue(folder: Path) -> list[ActivationInfo]:
+    """The activations written beside the bundles of `folder`; none where no exporter wrote them."""
+    path = folder / CATALOGUE
+    if not path.is_file():
+        return []
+    try:
+        return Catalogue.model_validate_json(path.read_bytes()).activations
+    except (ValidationError, json.JSONDecodeError) as error:
+        raise BadInput(f"{path} cannot be read: {error}; delete it or export again") from error
