@@ -71,13 +71,12 @@ class Quality(_Record):
 
 
 class Parity(_Record):
-    """ONNX Runtime against torch in float64, over fresh probes: logits, absolute and over the largest |logit|."""
+    """ONNX Runtime against torch in float64, over fresh probes; how each bound is derived: export/parity.py."""
 
-    max_abs: float
-    max_rel: float
-    bound: float  # of max_rel; its derivation stands in export/parity.py
-    activation_max_rel: float  # of the activation alone, at random and extreme inputs
-    activation_bound: float
+    max_abs: float  # of the logits
+    max_rel: float  # of the logits, over the largest |logit| of their row
+    bound: float  # of max_rel
+    activation: float  # the activation alone, random and extreme inputs: worst |error| over its own bound, at most 1
     probes: int
     probes_left_out: int = 0  # where torch's own float32 misses float64 by more than the bound
 

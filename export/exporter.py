@@ -1,0 +1,168 @@
+"""Checkpoint folder -> bundle folder: read, write the graph, pass the gate, sign the manifest.
+
+Called by `actuary export`. Needs neither the service nor a server.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+from actuary import BadInput
+from export import bundle
+from export.catalogue import describe, write_catalogue
+from export.files import new_folder
+from export.graph import build
+from export.parity import check
+from models import activations
+from models.corpus import Corpus, padded_tokenizer
+from models.gpt import ActuaryConfig, ActuaryGPT
+
+QUALITY = "quality.json"  # what training measured, beside the weights
+# protobuf cannot hold 2 GiB; past this the weights go into a file beside the model.
+EXTERNAL_DATA_FROM_BYTES = 1_800_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained variant as read from disk."""
+
+    name: str
+    model: ActuaryGPT
+    tokenizer_json: bytes
+    quality: bundle.Quality | None
+
+
+def find_checkpoints(paths: list[Path]) -> list[Path]:
+    """Each path that is a checkpoint, and the checkpoints inside each that is a folder of them, in order."""
+    found: list[Path] = []
+    for path in paths:
+        inside = [path] if (path / "config.json").is_file() else sorted(p.parent for p in path.glob("*/config.json"))
+        if not inside:
+            raise BadInput(f"{path} is neither a checkpoint (it holds no config.json) nor a folder of checkpoints; train one with: actuary train")
+        found += [p for p in inside if p not in found]
+    return found
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """BadInput says which file is missing, damaged, or of a kind that we do not read."""
+    for name in ("config.json", "model.safetensors", bundle.TOKENIZER):
+        if not (folder / name).is_file():
+            raise BadInput(f"checkpoint {folder}: {name} is missing; train it again with: actuary train")
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if settings.get("model_type") != ActuaryConfig.model_type:
+            raise BadInput(
+                f"checkpoint {folder} is a {settings.get('model_type')!r}; `actuary export` reads "
+                f"{ActuaryConfig.model_type!r}, as `actuary train` writes"
+            )
+        model, seen = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+        wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in seen[kind]]
+        if wrong:
+            raise BadInput(f"checkpoint {folder}: its weights do not fit its config.json at {wrong[0]}; train it again")
+        quality_path = folder / QUALITY
+        quality = bundle.Quality.model_validate_json(quality_path.read_bytes()) if quality_path.is_file() else None
+    except (SafetensorError, OSError, json.JSONDecodeError, ValidationError, RuntimeError, UnicodeDecodeError) as error:
+        raise BadInput(f"checkpoint {folder} cannot be read: {error}; train it again with: actuary train") from error
+    return Checkpoint(folder.name, model.eval(), (folder / bundle.TOKENIZER).read_bytes(), quality)
+
+
+def random_checkpoint(name: str, config: ActuaryConfig, corpus: Corpus, seed: int = 0) -> Checkpoint:
+    """A model of any shape with random weights, none of them zero: latency does not depend on what they say."""
+    torch.manual_seed(seed)
+    model = ActuaryGPT(config).eval()
+    for block in model.blocks:
+        for linear in (block.attention.out, block.ffn.down):
+            torch.nn.init.normal_(linear.weight, std=(2 * config.layers * linear.in_features) ** -0.5)
+    tokenizer = padded_tokenizer(corpus.tokenizer(config.vocab_size), config.vocab_size)
+    return Checkpoint(name, model, tokenizer.to_str().encode(), quality=None)
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    out: Path,
+    name: str | None = None,
+    seed: int | None = None,
+) -> tuple[Path, bundle.Manifest]:
+    """Writes the bundle OUT/NAME; GateFailed where it does not compute what torch computes, and then nothing is written.
+
+    Args:
+        name: of the bundle; by default the checkpoint's.
+        seed: of the gate's probes; by default a fresh one.
+    """
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    name = name or checkpoint.name
+    config: ActuaryConfig = checkpoint.model.config
+    activation = activations.get(config.activation)
+    weights = {key: tensor.detach().numpy() for key, tensor in checkpoint.model.state_dict().items()}
+    not_finite = [key for key, array in weights.items() if not np.isfinite(array).all()]
+    if not_finite:
+        raise BadInput(f"checkpoint {checkpoint.name!r}: {not_finite[0]} holds NaN or infinity: its training diverged; train it again")
+    info = describe(activation)
+    with new_folder(out / name) as folder:
+        _save_model(build(config, activation, weights), folder / bundle.MODEL)
+        (folder / bundle.TOKENIZER).write_bytes(checkpoint.tokenizer_json)
+        parity = check(config, checkpoint.model, str(folder / bundle.MODEL), seed)
+        manifest = _manifest(
+            name=name,
+            activation=activation.name,
+            formula=info.formula,
+            kind=activation.kind,
+            head=config.head,
+            precision="fp32",
+            flavor="portable",
+            opset=bundle.OPSET,
+            vocab_size=config.vocab_size,
+            context=config.context,
+            layers=config.layers,
+            dim=config.dim,
+            heads=config.heads,
+            hidden=config.hidden,
+            parameters=sum(array.size for array in weights.values()),
+            quality=checkpoint.quality,
+            parity=parity,
+            activation_info=info,
+            files={path.name: bundle.sha256_of(path) for path in sorted(folder.iterdir())},
+            created=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
+            versions=_versions(),
+        )
+        (folder / bundle.MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    write_catalogue(out)
+    return out / name, manifest
+
+
+def _manifest(**fields: Any) -> bundle.Manifest:
+    try:
+        return bundle.Manifest(**fields)
+    except ValidationError as error:
+        raise BadInput(f"this bundle cannot be described: {error.errors()[0]['msg']} ({error.errors()[0]['loc'][0]})") from error
+
+
+def _save_model(model: onnx.ModelProto, path: Path) -> None:
+    onnx.checker.check_model(model)
+    large = model.ByteSize() > EXTERNAL_DATA_FROM_BYTES
+    onnx.save_model(model, path, save_as_external_data=large, location=f"{path.name}.data" if large else None)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "actuary": importlib.metadata.version("actuary"),
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,83 @@
+"""How far float32 may stray from an Expression's exact value: a running error bound, element by element.
+
+First-order forward error analysis (Higham, Accuracy and Stability, section 3.3): a step y = f(a, b)
+computed in floating point carries |df/da| * error(a) + |df/db| * error(b) + what f itself adds. The
+slopes come from autograd in float64, so a new activation brings its own bound. Used by the parity gate
+and by the tests of every derived form.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from export.ops.trace import HIDDEN_AXIS, MEANING, Expression, Ref
+
+UNIT = 2.0**-24  # unit roundoff of float32
+TINY = 2.0**-126  # below this a runtime may flush to zero
+
+# What an operation adds, in units of roundoff: (relative to its result, absolute). Arithmetic rounds
+# once; a constant rounds once more where it is not exact. The rest are MLAS's polynomials as seen at
+# onnxruntime 1.31.1: sigmoid, tanh and erf hold an absolute accuracy (1.3, 3.1 and 1.0 units seen), not a
+# relative one in their tails; composed forms (expm1, log1p) add up their parts.
+_ADDS: dict[str, tuple[float, float]] = {
+    "exp": (4, 0), "log": (4, 4), "sqrt": (1, 0), "rsqrt": (3, 0), "sin": (4, 4), "cos": (4, 4), "atan": (4, 0),
+    "sigmoid": (2, 4), "tanh": (4, 6), "erf": (2, 4), "softplus": (6, 6), "expm1": (8, 8), "log1p": (8, 4),
+    "softmax": (8, 1), "pow": (4, 0),
+    "neg": (0, 0), "abs": (0, 0), "relu": (0, 0), "where": (0, 0), "maximum": (0, 0), "minimum": (0, 0),
+    "ge": (0, 0), "gt": (0, 0), "le": (0, 0), "lt": (0, 0),
+}  # fmt: skip
+_ROUNDS_ONCE = (1.0, 0.0)
+
+
+def value_and_bound(expression: Expression, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The exact value and the float32 error bound at the given inputs.
+
+    Args:
+        tensors: every tensor argument [..., H] and learned scalar [1], in float64.
+    Returns: both [..., H], in float64. The bound is infinite or NaN where the value overflows.
+    """
+    values: dict[str, Tensor] = dict(tensors)
+    errors: dict[str, Tensor] = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors.values()))
+
+    def value(ref: Ref) -> Tensor:
+        return values[ref] if isinstance(ref, str) else torch.tensor(ref, dtype=torch.float64)
+
+    def error(ref: Ref) -> Tensor:
+        if isinstance(ref, str):
+            return errors[ref]
+        return (torch.tensor(ref, dtype=torch.float32).double() - ref).abs()  # the constant's own rounding
+
+    for step in expression.steps:
+        function = MEANING[step.operation]
+        if step.operation in HIDDEN_AXIS:
+            values[step.name], carried = _over_hidden(step.operation, value(step.arguments[0]), error(step.arguments[0]))
+        else:
+            operands = [value(ref).expand(shape).detach() for ref in step.arguments]
+            leaves = [a.clone().requires_grad_() if a.is_floating_point() else a for a in operands]
+            result = function(*leaves)
+            values[step.name] = result.detach()
+            carried = torch.zeros(shape, dtype=torch.float64)
+            if result.is_floating_point():
+                floats = [(leaf, ref) for leaf, ref in zip(leaves, step.arguments, strict=True) if leaf.requires_grad]
+                slopes = torch.autograd.grad(result.sum(), [leaf for leaf, _ in floats], allow_unused=True)
+                for slope, (_, ref) in zip(slopes, floats, strict=True):
+                    if slope is not None:
+                        moved = error(ref) > 0  # an exact argument carries nothing, however steep: no 0 * inf
+                        carried = carried + torch.where(moved, slope.abs() * error(ref), torch.zeros(()).double())
+        relative, absolute = _ADDS.get(step.operation, _ROUNDS_ONCE)
+        size = values[step.name].double().abs()
+        errors[step.name] = carried + UNIT * (relative * size + absolute) + TINY
+    return value(expression.result).expand(shape), error(expression.result).expand(shape)
+
+
+def _over_hidden(operation: str, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and carried error of an operation over the last axis of [..., H]."""
+    H = x.shape[-1]
+    if operation == "softmax":
+        y = torch.softmax(x, dim=-1)
+        return y, y * (error + (y * error).sum(-1, keepdim=True))  # |dy_i| <= y_i (|dx_i| + sum_j y_j |dx_j|)
+    y = x.sum(-1, keepdim=True)
+    carried = error.sum(-1, keepdim=True) + UNIT * H * x.abs().sum(-1, keepdim=True)  # H - 1 rounded additions
+    return (y, carried) if operation == "sum" else (y / H, carried / H)

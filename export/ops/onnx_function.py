@@ -1,0 +1,103 @@
+"""Prints an Expression as an ONNX function of our domain: the operator's meaning, which travels in the file.
+
+A runtime that has a kernel for `ai.actuary::NAME` runs that; any other inlines this body. The body
+holds for every float type: constants are cast to the input's.
+
+    packed [..., 2H] --Split--> gate, up      (gated forms)
+    x [..., H] | gate, up [..., H], learned scalars [1] --steps--> y [..., H]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx
+from onnx import helper
+
+from export.bundle import DOMAIN, OPSET
+from export.ops.trace import Expression, Ref
+
+# Operations that ONNX has under one name with the same arguments.
+_OPERATORS = {
+    "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "neg": "Neg", "pow": "Pow", "abs": "Abs",
+    "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "sin": "Sin", "cos": "Cos", "atan": "Atan", "erf": "Erf",
+    "tanh": "Tanh", "sigmoid": "Sigmoid", "softplus": "Softplus", "relu": "Relu", "where": "Where",
+    "maximum": "Max", "minimum": "Min",
+    "ge": "GreaterOrEqual", "gt": "Greater", "le": "LessOrEqual", "lt": "Less",
+}  # fmt: skip
+
+
+class _Body:
+    """Collects nodes; every method returns the name of what it computed."""
+
+    def __init__(self, like: str) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.like = like  # constants take this tensor's type
+        self.constants: dict[float, str] = {}
+
+    def node(self, operator: str, *inputs: str, output: str = "", **attributes: object) -> str:
+        output = output or f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, list(inputs), [output], **attributes))
+        return output
+
+    def constant(self, value: float) -> str:
+        if value not in self.constants:
+            raw = self.node("Constant", value_float=value)
+            self.constants[value] = self.node("CastLike", raw, self.like)
+        return self.constants[value]
+
+    def expm1(self, x: str) -> str:
+        """tanh(x/2) * (e^x + 1), which keeps its digits near 0 where e^x - 1 loses them."""
+        half = self.node("Mul", x, self.constant(0.5))
+        return self.node("Mul", self.node("Tanh", half), self.node("Add", self.node("Exp", x), self.constant(1.0)))
+
+    def log1p(self, x: str) -> str:
+        """log(w) * x / (w - 1) with w = 1 + x (Kahan); x itself where w rounds to 1, w where it is infinite."""
+        w = self.node("Add", x, self.constant(1.0))
+        d = self.node("Sub", w, self.constant(1.0))
+        kahan = self.node("Mul", self.node("Log", w), self.node("Div", x, d))
+        finite = self.node("Where", self.node("Equal", d, x), self.node("Log", w), kahan)
+        return self.node("Where", self.node("Equal", d, self.constant(0.0)), x, finite)
+
+    def rsqrt(self, x: str) -> str:
+        return self.node("Reciprocal", self.node("Sqrt", x))
+
+    def softmax(self, x: str) -> str:
+        return self.node("Softmax", x, axis=-1)
+
+    def over_hidden(self, operator: str, x: str) -> str:
+        axes = self.node("Constant", value_ints=[-1])
+        return self.node(operator, x, axes, keepdims=1)
+
+
+_COMPOSED: dict[str, Callable[[_Body, str], str]] = {
+    "expm1": _Body.expm1,
+    "log1p": _Body.log1p,
+    "rsqrt": _Body.rsqrt,
+    "softmax": _Body.softmax,
+    "mean": lambda body, x: body.over_hidden("ReduceMean", x),
+    "sum": lambda body, x: body.over_hidden("ReduceSum", x),
+}
+
+
+def onnx_function(name: str, expression: Expression) -> onnx.FunctionProto:
+    """The function `ai.actuary::name`: inputs `x` (packed [..., 2H] when gated, else [..., H]) and the learned
+    scalars, each [1]; output `y` [..., H]."""
+    body = _Body(like="x")
+    if len(expression.tensors) == 2:
+        body.nodes.append(helper.make_node("Split", ["x"], list(expression.tensors), axis=-1, num_outputs=2))
+    results: dict[str, str] = {}
+
+    def operand(ref: Ref) -> str:
+        return results.get(ref, ref) if isinstance(ref, str) else body.constant(ref)
+
+    for step in expression.steps:
+        inputs = [operand(argument) for argument in step.arguments]
+        if step.operation in _COMPOSED:
+            results[step.name] = _COMPOSED[step.operation](body, *inputs)
+        else:
+            results[step.name] = body.node(_OPERATORS[step.operation], *inputs)
+    body.node("Identity", operand(expression.result), output="y")
+    return helper.make_function(
+        DOMAIN, name, ["x", *expression.learned], ["y"], body.nodes, [helper.make_opsetid("", OPSET)]
+    )
