@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from export.bundle import CATALOGUE, ActivationInfo, Catalogue, Curve
-from export.files import write_atomically
+from models.files import write_atomically
 from export.ops.formula import formula
 from export.ops.trace import trace
 from models.activations import Activation, registry

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from actuary import BadInput
 from export import bundle
 from export.catalogue import describe, write_catalogue
-from export.files import new_folder
+from models.files import new_folder
 from export.graph import build
 from export.parity import check
 from models import activations

@@ -1,0 +1,151 @@
+"""The verbs of export/: `actuary export`, `actuary inspect`, `actuary explain`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from actuary import BadInput
+
+errors = Console(stderr=True)
+
+
+@click.command()
+@click.argument("checkpoints", nargs=-1, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("artifacts/bundles"), show_default=True, help="Folder for the bundles.")
+@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of weights and arithmetic.")
+@click.option("--flavor", type=click.Choice(["portable"]), default="portable", show_default=True, help="Standard operators only, beside the activation's own node.")
+@click.option("--name", help="The bundle's name, where one checkpoint is exported.  [default: the checkpoint's]")
+@click.option("--random", "random_weights", is_flag=True, help="No checkpoint: random weights of the shape that follows.")
+@click.option("--activation", help="With --random.")
+@click.option("--head", type=click.Choice(["softmax", "sigmoid"]), default="softmax", show_default=True, help="With --random.")
+@click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="With --random.")
+@click.option("--dim", type=click.IntRange(2), default=128, show_default=True, help="With --random.")
+@click.option("--heads", type=click.IntRange(1), default=2, show_default=True, help="With --random.")
+@click.option("--context", type=click.IntRange(1), default=128, show_default=True, help="With --random.")
+@click.option("--vocab", type=click.IntRange(257), default=2048, show_default=True, help="With --random.")
+@click.option("--gated-width", type=click.Choice(["matched", "full"]), default="matched", show_default=True, help="With --random: hidden width of gated forms.")
+@click.option("--json", "as_json", is_flag=True, help="The manifests as one JSON document on standard output.")
+@click.pass_context
+def export(
+    ctx: click.Context, checkpoints: tuple[Path, ...], out: Path, precision: str, flavor: str, name: str | None,
+    random_weights: bool, activation: str | None, as_json: bool, **shape: Any,
+) -> None:  # fmt: skip
+    """Turn checkpoints into ONNX bundles that run in any onnxruntime.
+
+    CHECKPOINTS are folders that `actuary train` wrote, or folders of them. Each passes the parity gate against torch or is not
+    written; a bundle that stood there stays until the new one is whole.
+
+    \b
+    Examples:
+      actuary export artifacts/checkpoints
+      actuary export artifacts/checkpoints/gelu --out /tmp/bundles --name gelu-mine
+      actuary export --random --activation swiglu --layers 12 --dim 768 --heads 12 --context 1024 --vocab 50257
+    """
+    if bool(checkpoints) == random_weights:
+        raise BadInput("name the checkpoints to export, or give --random with a shape, not both; see actuary export --help")
+    if random_weights and not activation:
+        raise BadInput("--random needs --activation; known ones: actuary list")
+    given = [key for key in ("activation", *shape) if ctx.get_parameter_source(key) is click.core.ParameterSource.COMMANDLINE]
+    if checkpoints and given:
+        raise BadInput(f"--{given[0].replace('_', '-')} goes with --random; a checkpoint brings its own")
+    with errors.status("loading torch"):
+        from export import exporter
+        from models.corpus import Corpus
+        from models.gpt import ActuaryConfig
+    if random_weights:
+        vocab = shape.pop("vocab")
+        config = ActuaryConfig(activation=activation or "", vocab_size=vocab, **shape)
+        with errors.status("reading the corpus for a tokenizer"):
+            sources = [exporter.random_checkpoint(name or f"{config.name}-random", config, Corpus.read())]
+    else:
+        folders = exporter.find_checkpoints(list(checkpoints))
+        if name and len(folders) > 1:
+            raise BadInput(f"--name {name} fits one bundle, but {len(folders)} checkpoints are named")
+        sources = [exporter.read_checkpoint(folder) for folder in folders]
+    manifests = []
+    for source in sources:
+        with errors.status(f"exporting {source.name}"):
+            folder, manifest = exporter.export_bundle(source, out, name)
+        manifests.append(manifest)
+        errors.print(
+            f"{folder}: {manifest.parameters:,} parameters, logits within {manifest.parity.max_rel:.1e} of torch in float64 "
+            f"(allowed {manifest.parity.bound:.1e})",
+            highlight=False,
+        )
+    if as_json:
+        click.echo(json.dumps([json.loads(manifest.to_json()) for manifest in manifests], indent=2))
+
+
+@click.command()
+@click.argument("folder", metavar="BUNDLE", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="The manifest as one JSON document on standard output.")
+def inspect(folder: Path, as_json: bool) -> None:
+    """What is in a bundle, after its files were found to be the ones its manifest names.
+
+    \b
+    Example: actuary inspect artifacts/bundles/gelu
+    """
+    from export.bundle import read_bundle
+
+    manifest = read_bundle(folder)
+    if as_json:
+        click.echo(manifest.to_json(), nl=False)
+        return
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    quality = f"{manifest.quality.bits_per_byte:.3f} bits per byte held out, ECE {manifest.quality.ece:.3f}" if manifest.quality else "random weights"
+    rows = {
+        "name": manifest.name,
+        "activation": f"{manifest.activation}: {manifest.formula} ({manifest.kind})",
+        "paper": manifest.activation_info.paper,
+        "head": manifest.head,
+        "shape": f"{manifest.layers} layers, dim {manifest.dim}, {manifest.heads} heads, hidden {manifest.hidden}, context {manifest.context}, vocabulary {manifest.vocab_size}",
+        "parameters": f"{manifest.parameters:,}",
+        "precision": f"{manifest.precision}, {manifest.flavor}, opset {manifest.opset}",
+        "quality": quality,
+        "parity": f"relative error {manifest.parity.max_rel:.1e} of {manifest.parity.bound:.1e} allowed; the activation alone {manifest.parity.activation:.2f} of its bound",
+        "created": f"{manifest.created.isoformat()} with {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}",
+        **{name: f"sha256 {digest[:16]}..., {(folder / name).stat().st_size:,} bytes" for name, digest in manifest.files.items()},
+    }
+    for key, value in rows.items():
+        table.add_row(key, value)
+    Console().print(table)
+
+
+@click.command()
+@click.argument("activation")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def explain(activation: str, as_json: bool) -> None:
+    """One activation: formula, kind, paper, learned scalars, and the ONNX function that is its meaning.
+
+    \b
+    Example: actuary explain swiglu
+    """
+    import onnx
+
+    from export.catalogue import describe
+    from export.ops.onnx_function import onnx_function
+    from export.ops.trace import trace
+    from models.activations import get
+
+    record = get(activation)
+    info, expression = describe(record), trace(record)
+    function = onnx.printer.to_text(onnx_function(record.name, expression))
+    if as_json:
+        click.echo(json.dumps({**info.model_dump(exclude={"curve"}), "elementwise": expression.elementwise, "onnx": function}, indent=2))
+        return
+    console = Console(highlight=False)
+    console.print(f"[bold]{info.name}[/]  {info.formula}", soft_wrap=True)
+    console.print(f"{info.kind}; {info.paper}", soft_wrap=True)
+    if info.learned:
+        console.print("learned: " + ", ".join(f"{name}, starting at {start:g}" for name, start in info.learned.items()))
+    if not expression.elementwise:
+        console.print("over the hidden axis: exported as standard operators, never fused")
+    console.print(function, markup=False)

@@ -1,0 +1,141 @@
+"""The verbs of models/: `actuary list` and `actuary train`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from actuary import BadInput, GateFailed
+
+if TYPE_CHECKING:
+    from models.train import Recipe, Variant
+
+DEFAULT_SET = "gelu,silu,swiglu,relu,sigmoid,gelu-sigmoid-head"
+SIGMOID_HEAD = "-sigmoid-head"
+errors = Console(stderr=True)
+
+
+@click.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def list_(as_json: bool) -> None:
+    """Every activation of the registry: name, kind, formula, paper.
+
+    \b
+    Example: actuary list --json | jq -r '.[].name'
+    """
+    from export.catalogue import describe
+    from models.activations import registry
+
+    records = [describe(record) for record in registry().values()]
+    if as_json:
+        click.echo(json.dumps([record.model_dump(exclude={"curve"}) for record in records], indent=2))
+        return
+    table = Table(box=None, header_style="bold")
+    for column in ("name", "kind", "formula", "paper"):
+        table.add_column(column, no_wrap=column in ("name", "kind"))
+    for record in records:
+        table.add_row(record.name, record.kind, record.formula, record.paper)
+    Console().print(table)
+
+
+def _variants(names: str, head: str, seeds: int) -> list[Variant]:
+    from models import activations
+    from models.train import Variant
+
+    asked = [name.strip() for name in names.split(",") if name.strip()]
+    if not asked:
+        raise BadInput("--activations is empty; name some, with commas between: --activations gelu,swiglu")
+    variants = []
+    for name in asked:
+        activation = activations.get(name.removesuffix(SIGMOID_HEAD)).name
+        own_head = "sigmoid" if name.endswith(SIGMOID_HEAD) else head
+        variants += [Variant(activation, own_head, seed) for seed in range(seeds)]
+    twice = {v.name for v in variants if variants.count(v) > 1}
+    if twice:
+        raise BadInput(f"--activations names {', '.join(sorted(twice))} more than once")
+    return variants
+
+
+@click.command()
+@click.option("--activations", default=DEFAULT_SET, show_default=True, help="Names with commas between; NAME-sigmoid-head trains that one under the sigmoid head.")
+@click.option("--head", type=click.Choice(["softmax", "sigmoid"]), default="softmax", show_default=True, help="Cross-entropy, or per-token binary cross-entropy with a prior bias.")
+@click.option("--steps", type=click.IntRange(1), default=None, help="Optimizer steps.  [default: 1000]")
+@click.option("--seeds", type=click.IntRange(1, 1000), default=1, show_default=True, help="Train each variant from this many seeds.")
+@click.option("--layers", type=click.IntRange(1), default=None, help="Blocks.  [default: 2]")
+@click.option("--dim", type=click.IntRange(2), default=None, help="Channels of the residual stream.  [default: 128]")
+@click.option("--heads", type=click.IntRange(1), default=None, help="Attention heads.  [default: one per 64 channels]")
+@click.option("--context", type=click.IntRange(2), default=None, help="Longest prompt, in tokens.  [default: 128]")
+@click.option("--vocab", type=click.IntRange(257), default=None, help="Entries of the byte-level BPE.  [default: 2048]")
+@click.option("--batch", type=click.IntRange(1), default=None, help="Windows per step.  [default: 4]")
+@click.option("--gated-width", type=click.Choice(["matched", "full"]), default="matched", show_default=True, help="Hidden width of gated forms: the pointwise forms' parameters, or their width.")
+@click.option("--corpus", "paths", type=click.Path(path_type=Path), multiple=True, help="File or folder of UTF-8 text; may be repeated.  [default: Python's standard library]")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("artifacts/checkpoints"), show_default=True, help="Folder for the checkpoints.")
+@click.option("--workers", type=click.IntRange(1), default=None, help="Variants trained side by side.  [default: one per core]")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def train(activations: str, head: str, seeds: int, gated_width: str, paths: tuple[Path, ...], out: Path, workers: int | None, as_json: bool, **shape: int | None) -> None:
+    """Train variants of a small GPT, one per activation, on the same batches.
+
+    Finished variants are kept and skipped; after Ctrl-C the same command goes on where it stopped. Ends with
+    held-out bits per byte and calibration (ECE), beside unigram, bigram and zlib.
+
+    \b
+    Examples:
+      actuary train --activations gelu,swiglu --steps 600 --seeds 3
+      actuary train --activations silu --corpus ~/notes --corpus book.txt
+      accelerate launch --num_processes 4 .venv/bin/actuary train --activations gelu --batch 64
+    """
+    from models.corpus import Corpus
+    from models.train import Recipe
+    from models.trainer import cores, train_all
+
+    given = {key: value for key, value in shape.items() if value is not None}
+    if "dim" in given and "heads" not in given:
+        given["heads"] = max(1, given["dim"] // 64)
+    recipe = Recipe(gated_width=gated_width, **given)  # type: ignore[arg-type]
+    variants = _variants(activations, head, seeds)
+    with errors.status("reading the corpus"):
+        corpus = Corpus.read(paths)
+        corpus.ids(recipe.vocab)
+    failures = train_all(variants, recipe, corpus, out, workers or cores(), errors)
+    summary = _summary(variants, recipe, corpus.yardsticks(recipe.vocab), out)
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+    else:
+        _print(summary, errors)
+    if failures:
+        raise GateFailed("; ".join(map(str, failures)))
+
+
+def _summary(variants: list[Variant], recipe: Recipe, yardsticks: dict[str, float], out: Path) -> dict[str, Any]:
+    from models.train import finished
+
+    rows = []
+    for variant in variants:
+        done = finished(out / variant.name)
+        if done is not None:
+            rows.append({"name": variant.name, "activation": variant.activation, "head": variant.head, "seed": variant.seed, **done})
+    return {"out": str(out), "steps": recipe.steps, "variants": rows, "yardsticks": yardsticks}
+
+
+def _print(summary: dict[str, Any], console: Console) -> None:
+    table = Table(box=None, header_style="bold", title=f"held-out quality after {summary['steps']} steps", title_justify="left")
+    table.add_column("variant")
+    for column in ("bits/byte", "ECE", "sigmoid mass", "seconds"):
+        table.add_column(column, justify="right")
+    for row in sorted(summary["variants"], key=lambda row: row["bits_per_byte"]):
+        table.add_row(row["name"], f"{row['bits_per_byte']:.3f}", f"{row['ece']:.3f}", f"{row['sigmoid_mass']:.3g}", f"{row['seconds']:.0f}")
+    by_variant: dict[tuple[str, str], list[float]] = {}
+    for row in summary["variants"]:
+        by_variant.setdefault((row["activation"], row["head"]), []).append(row["bits_per_byte"])
+    for name, value in sorted(summary["yardsticks"].items(), key=lambda item: item[1]):
+        table.add_row(f"[dim]{name}[/]", f"[dim]{value:.3f}[/]")
+    console.print(table)
+    for (activation, head), values in by_variant.items():
+        if len(values) > 1:
+            console.print(f"{activation} ({head}) over {len(values)} seeds: {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
