@@ -36,7 +36,7 @@ class BadInput(ActuaryError):
 
 # verb: (where its click command is, the optional extra that it needs, one line for --help)
 VERBS: dict[str, tuple[str, str, str]] = {
-    "list": ("models.cli:list_", "train", "Every activation of the registry."),
+    "list": ("export.cli:list_", "train", "Every activation of the registry."),
     "train": ("models.cli:train", "train", "Train variants of a small GPT, one per activation."),
     "explain": ("export.cli:explain", "train", "One activation: formula, kind, paper, ONNX function."),
     "export": ("export.cli:export", "train", "Turn checkpoints into ONNX bundles that run anywhere."),

@@ -1,4 +1,4 @@
-"""The verbs of export/: `actuary export`, `actuary inspect`, `actuary explain`."""
+"""The verbs of export/: `actuary export`, `actuary inspect`, `actuary explain`, `actuary list`."""
 
 from __future__ import annotations
 
@@ -149,3 +149,26 @@ def explain(activation: str, as_json: bool) -> None:
     if not expression.elementwise:
         console.print("over the hidden axis: exported as standard operators, never fused")
     console.print(function, markup=False)
+
+
+@click.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def list_(as_json: bool) -> None:
+    """Every activation of the registry: name, kind, formula, paper.
+
+    \b
+    Example: actuary list --json | jq -r '.[].name'
+    """
+    from export.catalogue import describe
+    from models.activations import registry
+
+    records = [describe(record) for record in registry().values()]
+    if as_json:
+        click.echo(json.dumps([record.model_dump(exclude={"curve"}) for record in records], indent=2))
+        return
+    table = Table(box=None, header_style="bold")
+    for column in ("name", "kind", "formula", "paper"):
+        table.add_column(column, no_wrap=column in ("name", "kind"))
+    for record in records:
+        table.add_row(record.name, record.kind, record.formula, record.paper)
+    Console().print(table)

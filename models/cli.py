@@ -1,4 +1,4 @@
-"""The verbs of models/: `actuary list` and `actuary train`."""
+"""The verb of models/: `actuary train`."""
 
 from __future__ import annotations
 
@@ -19,29 +19,6 @@ if TYPE_CHECKING:
 DEFAULT_SET = "gelu,silu,swiglu,relu,sigmoid,gelu-sigmoid-head"
 SIGMOID_HEAD = "-sigmoid-head"
 errors = Console(stderr=True)
-
-
-@click.command("list")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-def list_(as_json: bool) -> None:
-    """Every activation of the registry: name, kind, formula, paper.
-
-    \b
-    Example: actuary list --json | jq -r '.[].name'
-    """
-    from export.catalogue import describe
-    from models.activations import registry
-
-    records = [describe(record) for record in registry().values()]
-    if as_json:
-        click.echo(json.dumps([record.model_dump(exclude={"curve"}) for record in records], indent=2))
-        return
-    table = Table(box=None, header_style="bold")
-    for column in ("name", "kind", "formula", "paper"):
-        table.add_column(column, no_wrap=column in ("name", "kind"))
-    for record in records:
-        table.add_row(record.name, record.kind, record.formula, record.paper)
-    Console().print(table)
 
 
 def _variants(names: str, head: str, seeds: int) -> list[Variant]:

@@ -1,0 +1,96 @@
+"""What the tests share: a small corpus, tiny bundles with random weights, and a running service on them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ACTUARY = [sys.executable, "-m", "actuary"]
+START_TIMEOUT_S = 60  # two busy cores; a warm start takes about two seconds
+TINY = {"vocab_size": 300, "context": 32, "layers": 2, "dim": 32, "heads": 2}
+TINY_VARIANTS = (("gelu", "softmax"), ("swiglu", "softmax"), ("gelu", "sigmoid"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory):
+    """The json package's sources: small, on every machine, and cached in a folder of its own."""
+    import json
+
+    from models.corpus import Corpus
+
+    return Corpus.read([Path(json.__file__).parent], cache=tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(corpus) -> Callable:
+    """`tiny_checkpoint(activation, head)`: a checkpoint in memory, random weights, no zeros."""
+    from export.exporter import random_checkpoint
+    from models.gpt import ActuaryConfig
+
+    def make(activation: str, head: str = "softmax", **shape):
+        config = ActuaryConfig(activation=activation, head=head, **{**TINY, **shape})
+        return random_checkpoint(config.name, config, corpus)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable) -> Path:
+    """A folder of bundles: gelu, swiglu, gelu-sigmoid-head; context 32, vocabulary 300. Not to be changed."""
+    from export.exporter import export_bundle
+
+    out = tmp_path_factory.mktemp("bundles")
+    for activation, head in TINY_VARIANTS:
+        export_bundle(tiny_checkpoint(activation, head), out)
+    return out
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(bundles: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A real `actuary serve` on a free port: (its URL, its process). Ended by SIGTERM, as a supervisor would."""
+    port = free_port()
+    command = [*ACTUARY, "serve", "--bundles", str(bundles), "--port", str(port), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1"})
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health/ready", timeout=2)
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    process.kill()
+                    raise RuntimeError(f"the service did not start: {process.communicate()[1]}") from None
+                time.sleep(0.05)
+        yield url, process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@pytest.fixture(scope="session")
+def server_url(bundles: Path) -> Iterator[str]:
+    """The URL of a running service on the tiny bundles."""
+    with serving(bundles) as (url, _):
+        yield url
