@@ -1,0 +1,412 @@
+"""`actuary load`: check what was asked, run Locust as a process of its own, and report what it measured.
+
+Locust patches the standard library's sockets and threads for gevent when it is imported, so it gets
+its own process, and this one only reads the samples that the other appends to a file.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from actuary import ActuaryError, BadInput
+from loadtest import plan as planning
+from loadtest import report
+from loadtest.plan import Plan
+from loadtest.samples import (
+    PERCENTILE_METHOD,
+    Sample,
+    in_window,
+    judge_client,
+    parse_sample,
+    read_samples,
+    summarise,
+)
+
+LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+LAST_ANSWERS_S = 10  # how long after the window Locust waits for answers still on their way
+PACKAGES = ("actuary", "locust", "gevent", "geventhttpclient", "numpy", "plotly")
+RESULT, SAMPLES, REPORT, LOG = "result.json", "samples.csv", "report.html", "locust.log"
+
+
+class _Positive(click.ParamType[float]):
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return planning.positive(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is not a finite number above 0", param, ctx)
+
+
+class _NotNegative(click.ParamType[float]):
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and number >= 0):
+            self.fail(f"{value!r} is not a finite number of at least 0", param, ctx)
+        return number
+
+
+@click.command()
+@click.option("--url", default=planning.DEFAULT_URL, show_default=True, help="The server.")
+@click.option("--models", metavar="A,B", help="Variants to ask.  [default: all that the server lists]")
+@click.option(
+    "--users", type=click.IntRange(1, 10_000), help="Users at once.  [default: 8; with --rate, one per 1/s]"
+)
+@click.option("--rate", type=_Positive(), help="Constant arrivals per second, of all variants together.")
+@click.option("--duration", type=_Positive(), default=30.0, show_default=True, help="Seconds measured.")
+@click.option(
+    "--warmup", type=_NotNegative(), default=3.0, show_default=True, help="Seconds before, discarded."
+)
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="One per line, text or .jsonl.  [default: built in]"
+)
+@click.option("--top-k", type=click.IntRange(0), default=10, show_default=True, help="Tokens asked for.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of requests."
+)
+@click.option(
+    "--timeout", type=_Positive(), default=30.0, show_default=True, help="Seconds until one failed."
+)
+@click.option("--json", "json_file", metavar="FILE", help="Write the result here too; - is standard output.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: artifacts/load/<time>]")
+@click.option("--html/--no-html", default=True, show_default=True, help="Draw report.html.")
+def load(
+    url: str,
+    models: str | None,
+    users: int | None,
+    rate: float | None,
+    duration: float,
+    warmup: float,
+    prompts: Path | None,
+    top_k: int,
+    seed: int,
+    timeout: float,
+    json_file: str | None,
+    out: Path | None,
+    html: bool,
+) -> None:
+    """Put load on a running service, one row per variant.
+
+    Without --rate each user sends its next request when the last was answered (a closed loop). With
+    --rate requests leave at planned times whether or not the server keeps up, and latency counts from
+    the plan. Variants take turns on the same prompts, so their rows have equal counts. Ctrl-C ends the
+    run early and reports what was measured.
+
+    \b
+    Examples:
+      actuary load --duration 20 --users 4
+      actuary load --models gelu,swiglu --rate 100 --duration 60 --json result.json
+    """
+    url = planning.check_url(url)
+    asked = planning.read_prompts(prompts) if prompts else planning.PROMPTS
+    served = planning.served_models(url)
+    if users is None:
+        users = 8 if rate is None else max(8, min(1000, math.ceil(rate)))  # a stall of 1 s finds users free
+    plan = Plan(
+        url,
+        planning.choose_models(models, list(served)),
+        users,
+        rate,
+        duration,
+        warmup,
+        asked,
+        top_k,
+        seed,
+        timeout,
+    )
+    started = datetime.datetime.now(datetime.UTC)
+    folder = (out or Path("artifacts/load") / started.strftime("%Y%m%dT%H%M%S.%fZ")).absolute()
+    _check_destinations(folder, json_file)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    interrupted, status = _run_locust(plan, prompts, folder)
+    samples = read_samples(folder / SAMPLES) if (folder / SAMPLES).is_file() else []
+    if not samples:
+        tail = _tail(folder / LOG)
+        why = (
+            "interrupted before the first answer"
+            if interrupted
+            else f"Locust sent nothing (exit code {status})"
+        )
+        raise ActuaryError(f"{why}; its log {folder / LOG} ends with:\n{tail}")
+
+    client = _client_facts(folder / SAMPLES, samples)
+    window_s = min(plan.duration_s, client["stopped_after_s"] - plan.warmup_s)
+    measured = in_window(samples, plan, window_s)
+    if not measured:
+        raise ActuaryError(
+            f"stopped within the warm-up of {warmup:g} s, so nothing was measured; samples: {folder}"
+        )
+    result = _result(plan, prompts, measured, window_s, client, started, interrupted)
+    result["served"] = {name: served[name] for name in plan.models}
+    if html:
+        _write(folder / REPORT, report.draw(result, measured))
+    document = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    _write(folder / RESULT, document)
+    if json_file == "-":
+        click.echo(document, nl=False)
+    elif json_file:
+        _write(Path(json_file), document)
+    _print(result, folder, Console(stderr=json_file == "-"))
+    if all(row["failures"] == row["requests"] for row in result["rows"]):
+        raise ActuaryError(f"every request failed: {_reasons(result['rows'])}")
+
+
+def _check_destinations(folder: Path, json_file: str | None) -> None:
+    """Everything that would fail after the run, before it."""
+    if (folder / SAMPLES).exists() or (folder / RESULT).exists():
+        raise BadInput(f"--out {folder} already holds a run; name another folder")
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--out {folder} is a file; name a folder")
+    if json_file and json_file != "-" and not Path(json_file).absolute().parent.is_dir():
+        raise BadInput(f"--json {json_file}: the folder {Path(json_file).absolute().parent} does not exist")
+
+
+def _locust_command(plan: Plan, prompts: Path | None, folder: Path) -> list[str]:
+    # One second more than the window, so that its last requests are answered under the same load.
+    run_s = math.ceil(plan.warmup_s + plan.duration_s) + 1
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
+    command += ["--host", plan.url, "--users", str(plan.users), "--spawn-rate", str(plan.users)]
+    command += ["--run-time", f"{run_s}s", "--stop-timeout", str(LAST_ANSWERS_S), "--exit-code-on-error", "0"]
+    command += ["--models", ",".join(plan.models), "--top-k", str(plan.top_k), "--seed", str(plan.seed)]
+    command += ["--request-timeout", str(plan.timeout_s), "--samples", str(folder / SAMPLES)]
+    command += ["--rate", str(plan.rate)] if plan.rate is not None else []
+    return command + (["--prompts", str(prompts.absolute())] if prompts else [])
+
+
+def _run_locust(plan: Plan, prompts: Path | None, folder: Path) -> tuple[bool, int]:
+    """Runs Locust to its end, or until Ctrl-C or SIGTERM. (whether it was interrupted, its exit code)"""
+    # Our own arguments are the whole configuration: no LOCUST_* variables, no locust.conf of the folder.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(LOCUSTFILE.parent.parent), environment.get("PYTHONPATH", "")]
+    )
+    interrupted = False
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with (folder / LOG).open("wb") as log:
+            process = subprocess.Popen(
+                _locust_command(plan, prompts, folder),
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches this process only, which then stops that one
+            )
+        try:
+            asked_to_stop = False
+            with _Watch(plan, folder / SAMPLES) as watch:
+                while process.poll() is None:
+                    watch.update()
+                    if interrupted and not asked_to_stop:
+                        process.terminate()
+                        asked_to_stop = True
+                    time.sleep(0.1)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return interrupted, process.returncode
+
+
+class _Watch:
+    """A progress bar fed by the samples that Locust appends to its file."""
+
+    def __init__(self, plan: Plan, path: Path) -> None:
+        self.plan, self.path = plan, path
+        self.offset, self.rest = 0, ""
+        self.began: float | None = None
+        self.count = self.failed = 0
+        self.last: list[float] = []
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[said]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+
+    def __enter__(self) -> _Watch:
+        self.progress.start()
+        self.task = self.progress.add_task(
+            "starting", total=self.plan.warmup_s + self.plan.duration_s, said=""
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def update(self) -> None:
+        if not self.path.is_file():
+            return
+        self.began = self.began or time.monotonic()
+        with self.path.open(encoding="utf-8") as file:
+            file.seek(self.offset)
+            text = self.rest + file.read()
+            self.offset = file.tell()
+        *lines, self.rest = text.split("\n")
+        for line in lines:
+            sample = parse_sample(line.rstrip("\r").split(","))
+            if sample:
+                self.count += 1
+                self.failed += bool(sample.failure)
+                self.last = [*self.last[-199:], sample.latency_ms]
+        elapsed_s = time.monotonic() - self.began
+        said = f"{self.count} requests, {self.failed} failed"
+        if self.last:
+            said += f", p50 {np.median(self.last):.2f} ms"
+        phase = "warm-up" if elapsed_s < self.plan.warmup_s else "measuring"
+        self.progress.update(self.task, description=phase, completed=elapsed_s, said=said)
+
+
+def _client_facts(samples_file: Path, samples: list[Sample]) -> dict[str, Any]:
+    """How long the load lasted and what it cost; from the samples alone where Locust was killed."""
+    try:
+        facts: dict[str, Any] = json.loads(
+            samples_file.with_suffix(".client.json").read_text(encoding="utf-8")
+        )
+    except (OSError, ValueError):
+        facts = {"stopped_after_s": max(sample.at_s for sample in samples), "lasted_s": None, "cpu_s": {}}
+    return facts
+
+
+def _result(
+    plan: Plan,
+    prompts: Path | None,
+    measured: list[Sample],
+    window_s: float,
+    client: dict[str, Any],
+    started: datetime.datetime,
+    interrupted: bool,
+) -> dict[str, Any]:
+    cpu_s = max(client["cpu_s"].values(), default=None)
+    cpu_share = cpu_s / client["lasted_s"] if cpu_s is not None and client["lasted_s"] else None
+    rows = [summarise(name, [s for s in measured if s.model == name], window_s) for name in plan.models]
+    return {
+        "schema": 1,
+        "kind": "load",
+        "url": plan.url,
+        "started": started.isoformat(timespec="seconds"),
+        "command": _repeat(plan, prompts),
+        "plan": {
+            "users": plan.users,
+            "rate": plan.rate,
+            "duration_s": plan.duration_s,
+            "warmup_s": plan.warmup_s,
+            "prompts": str(prompts) if prompts else f"{len(plan.prompts)} built in",
+            "top_k": plan.top_k,
+            "seed": plan.seed,
+            "timeout_s": plan.timeout_s,
+        },
+        "window_s": round(window_s, 3),
+        "interrupted": interrupted,
+        "percentile_method": f"numpy {PERCENTILE_METHOD}",
+        "rows": rows,
+        "total": summarise("all", measured, window_s),
+        "client": judge_client(measured, plan, window_s, cpu_share),
+        "machine": _machine(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+    }
+
+
+def _repeat(plan: Plan, prompts: Path | None) -> str:
+    words = [
+        "actuary",
+        "load",
+        "--url",
+        plan.url,
+        "--models",
+        ",".join(plan.models),
+        "--users",
+        str(plan.users),
+    ]
+    words += ["--rate", f"{plan.rate:g}"] if plan.rate is not None else []
+    words += ["--duration", f"{plan.duration_s:g}", "--warmup", f"{plan.warmup_s:g}"]
+    words += ["--top-k", str(plan.top_k), "--seed", str(plan.seed)]
+    return shlex.join(words + (["--prompts", str(prompts)] if prompts else []))
+
+
+def _machine() -> dict[str, Any]:
+    """Of the load generator; the server's is the same only where the URL is this machine's."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
+        model = names[0] if names else model
+    return {"host": platform.node(), "cpu": model, "cores": os.cpu_count(), "system": platform.platform()}
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _tail(path: Path) -> str:
+    return (
+        "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
+        if path.is_file()
+        else ""
+    )
+
+
+def _reasons(rows: list[dict[str, Any]]) -> str:
+    return "; ".join(f"{r['model']}: {n} x {why}" for r in rows for why, n in r["failure_reasons"].items())
+
+
+def _print(result: dict[str, Any], folder: Path, console: Console) -> None:
+    table = Table(
+        title=report.headline(result), caption=f"latency in ms, {result['percentile_method']} percentiles"
+    )
+    table.add_column("variant", overflow="fold")
+    for heading in ("requests", "failures", "req/s", "p50", "p90", "p99", "mean", "server infer p50"):
+        table.add_column(heading, justify="right")
+    for row in [*result["rows"], result["total"]]:
+        latency = row["latency_ms"]
+        cells = [str(row["requests"]), str(row["failures"]), f"{row['requests_per_s']:.1f}"]
+        cells += [report.ms(latency[name]) for name in ("p50", "p90", "p99", "mean")]
+        table.add_row(row["model"], *cells, report.ms(row["server_ms"]["infer"]["p50"]))
+    console.print(table)
+    if any(row["failures"] for row in result["rows"]):
+        console.print(f"failures: {_reasons(result['rows'])}", markup=False)
+    for note in report.notes(result):
+        console.print(f"note: {note}", markup=False)
+    console.print(f"kept in {folder}", markup=False, soft_wrap=True)
