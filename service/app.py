@@ -1,0 +1,245 @@
+"""The application: its routes and what they share. `create_app(settings)` opens the bundles and makes it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+
+from service import assets, errors
+from service.engine import Engine
+from service.errors import ApiError
+from service.frame import Frame
+from service.library import Library, open_library
+from service.next_token import next_token
+from service.runtime import Runtime
+from service.schema import ErrorAnswer, NextTokenAnswer, NextTokenRequest
+from service.settings import Settings
+from service.variant import Variant
+
+T = TypeVar("T")
+
+
+@dataclass
+class Service:
+    """What the routes share; `app.state.service`."""
+
+    settings: Settings
+    library: Library
+    engine: Engine
+    no_cuda: str  # why `auto` runs on the CPU; empty where it does not
+    activations: assets.Compressed
+    draining: bool = False
+
+    @property
+    def ready(self) -> bool:
+        return self.engine.serving and not self.draining
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Open the bundles and build the application; BadInput where nothing can be served."""
+    runtime = Runtime(settings.provider, settings.threads)
+    library = open_library(settings.bundles, runtime)
+    service = Service(
+        settings,
+        library,
+        Engine(settings.max_queue, settings.max_batch_tokens, settings.timeout_s),
+        runtime.no_cuda,
+        assets.Compressed.of(_activations(library), "application/json"),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with service.engine:
+            yield
+
+    app: FastAPI = FastAPIOffline(
+        title="Actuary",
+        version=importlib.metadata.version("actuary"),
+        description="What an activation function costs to serve, and what it buys: next-token probabilities, "
+        "softmax beside sigmoid, of one variant or of several.",
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_bad_request)
+    app.add_middleware(Frame, max_body_bytes=settings.max_body_bytes)
+    app.include_router(v1)
+    app.include_router(health)
+    app.include_router(browser)
+    if assets.PAGE.is_dir():
+        app.mount("/page", assets.page)
+    return app
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if not isinstance(error, ApiError) and error.status_code in (404, 405):
+        error.detail = (
+            f"{request.method} {errors.shown(request.url.path)} is not offered; /docs lists what is"
+        )
+    return errors.answer(error)
+
+
+async def _on_bad_request(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return errors.answer(errors.from_validation(error))
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _json(content: object, status: int = 200) -> Response:
+    return Response(json.dumps(content, ensure_ascii=False).encode(), status, media_type="application/json")
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorAnswer, "description": "The body is not JSON."},
+    404: {"model": ErrorAnswer, "description": "No such variant; the message lists the known."},
+    408: {"model": ErrorAnswer, "description": "It waited too long."},
+    413: {"model": ErrorAnswer, "description": "The body is over the limit."},
+    422: {"model": ErrorAnswer, "description": "JSON that asks for what cannot be."},
+    429: {"model": ErrorAnswer, "description": "The queue is full; try again after Retry-After seconds."},
+    503: {"model": ErrorAnswer, "description": "The service is stopping."},
+}
+
+v1 = APIRouter(prefix="/v1", tags=["API"])
+
+
+@v1.post("/next-token", response_model=NextTokenAnswer, response_model_exclude_none=True, responses=_ERRORS)
+async def post_next_token(asked: NextTokenRequest, request: Request) -> Response:
+    """Probabilities of the token after each prompt, under each variant."""
+    service = _service(request)
+    answered = await _unless_gone(
+        request,
+        next_token(asked, service.library, service.engine, service.settings, request.state.arrived),
+    )
+    times = {
+        "x-tokenize-ms": f"{answered.tokenize_ms:.3f}",
+        "x-queue-ms": f"{answered.queue_ms:.3f}",
+        "x-infer-ms": f"{answered.infer_ms:.3f}",
+    }
+    return Response(answered.body, media_type="application/json", headers=times)
+
+
+@v1.get("/models")
+async def get_models(request: Request) -> Response:
+    """The variants that serve, in OpenAI's list shape with facts of their manifests; the bundles refused."""
+    library = _service(request).library
+    data = [_model(variant) for variant in library.variants.values()]
+    return _json({"object": "list", "data": data, "refused": _refused(library)})
+
+
+@v1.get("/models/{name}", responses={404: _ERRORS[404]})
+async def get_model(name: str, request: Request) -> Response:
+    """One variant of that list."""
+    library = _service(request).library
+    return _json(_model(library.variants[name] if name in library.variants else library.unknown(name)))
+
+
+@v1.get("/activations")
+async def get_activations(request: Request) -> Response:
+    """Every activation: formula, kind, paper, curve and slope, and the variants that have it."""
+    return _service(request).activations.answer(request, max_age_s=0)
+
+
+health = APIRouter(tags=["health"])
+
+
+@health.get("/health")
+async def get_health(request: Request) -> Response:
+    """Both of the following in one."""
+    service = _service(request)
+    return _json({"live": True, "ready": service.ready, "waiting": service.engine.waiting})
+
+
+@health.get("/health/live")
+async def get_live() -> Response:
+    """200 as long as the process answers."""
+    return _json({"live": True})
+
+
+@health.get("/health/ready", responses={503: {"description": "Not yet, or not any more: it is stopping."}})
+async def get_ready(request: Request) -> Response:
+    """200 while requests are taken; which variants serve, and which bundles were refused and why."""
+    service = _service(request)
+    body = {
+        "ready": service.ready,
+        "variants": list(service.library.variants),
+        "refused": _refused(service.library),
+    }
+    return _json(body, 200 if service.ready else 503)
+
+
+browser = APIRouter(include_in_schema=False)
+
+
+@browser.api_route("/", methods=["GET", "HEAD"])
+async def get_page(request: Request) -> Response:
+    return await assets.page.get_response("index.html", request.scope)
+
+
+@browser.get("/assets/plotly.min.js")
+async def get_plotly(request: Request) -> Response:
+    return (await asyncio.to_thread(assets.plotly)).answer(request, max_age_s=assets.WEEK_S)
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What `work` gives; cancels it when the client hangs up first, which drops it from the queue."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, hung_up = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((working, hung_up), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError("client_gone", "the client closed the connection")
+        return await working
+    finally:
+        working.cancel()
+        hung_up.cancel()
+
+
+def _refused(library: Library) -> list[dict[str, str]]:
+    return [{"name": bundle.name, "reason": bundle.reason} for bundle in library.refused]
+
+
+def _model(variant: Variant) -> dict[str, Any]:
+    manifest = variant.manifest
+    facts = manifest.model_dump(
+        mode="json", exclude={"schema_version", "name", "activation_info", "files", "created", "versions"}
+    )
+    return {
+        "id": variant.name,
+        "object": "model",
+        "created": int(manifest.created.timestamp()),
+        "owned_by": "actuary",
+        "root": variant.name,
+        "provider": variant.provider,
+        **facts,
+    }
+
+
+def _activations(library: Library) -> bytes:
+    """The body of /v1/activations, which never changes while we run."""
+    data = []
+    variants = library.variants.values()
+    for info in library.activations:
+        record = info.model_dump(mode="json")
+        record["units"] = record["curve"].pop("units")
+        record["served_by"] = [v.name for v in variants if v.manifest.activation == info.name]
+        data.append(record)
+    return json.dumps({"object": "list", "data": data}, ensure_ascii=False).encode()

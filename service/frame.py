@@ -1,0 +1,79 @@
+"""What every request gets on every route: an id, its total time, a bounded body, errors in our shape."""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from time import perf_counter
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import ApiError, answer
+
+log = logging.getLogger("actuary.service")
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")  # what a caller may choose: safe in logs and headers
+
+
+class Frame:
+    """ASGI middleware around the whole application.
+
+    Leaves in the request's state: `request_id`, and `arrived`, by perf_counter.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        arrived = perf_counter()
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        scope.setdefault("state", {}).update(arrived=arrived, request_id=request_id.decode())
+        started = False
+        received = 0
+
+        async def send_framed(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                total_ms = b"%.3f" % (1e3 * (perf_counter() - arrived))
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id),
+                    (b"x-total-ms", total_ms),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+            await send(message)
+
+        async def receive_bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_body_bytes:
+                raise self._too_large(f"more than {self._max_body_bytes}")
+            return message
+
+        try:
+            announced = headers.get(b"content-length", b"0")
+            if announced.isdigit() and int(announced[:20]) > self._max_body_bytes:
+                raise self._too_large(announced[:20].decode())
+            await self._app(scope, receive_bounded, send_framed)
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                name = request_id.decode()
+                log.exception("request %s failed: %s %s", name, scope["method"], scope["path"])
+                error = ApiError("internal", f"this is a defect of ours; report it with request id {name}")
+            if started:
+                raise
+            await answer(error)(scope, receive, send_framed)
+        return None
+
+    def _too_large(self, size: str) -> ApiError:
+        return ApiError(
+            "too_large", f"the body has {size} bytes; allowed: {self._max_body_bytes}; send smaller requests"
+        )

@@ -1,0 +1,220 @@
+"""`POST /v1/next-token`, from a checked request to the bytes of its answer.
+
+    choose the variants -> encode -> engine.run -> turn rows to entries -> answer
+
+B prompts, V the vocabulary, as everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, TypeVar
+
+import numpy as np
+
+from service.engine import Done, Engine, Job
+from service.errors import ApiError, Invalid, shown
+from service.library import Library
+from service.schema import NextTokenRequest
+from service.settings import Settings
+from service.variant import Row, Variant
+from service.vocabulary import Vocabulary
+
+T = TypeVar("T")
+
+# Work up to these sizes takes less than about 2 ms and is done on the event loop; more goes to a thread.
+INLINE_CHARACTERS = 10_000
+INLINE_ENTRIES = 1_000
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer's JSON, and the times of its headers in milliseconds."""
+
+    body: bytes
+    tokenize_ms: float
+    queue_ms: float
+    infer_ms: float
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One result to come: a prompt under a variant."""
+
+    prompt_index: int
+    job: Job
+    chosen: list[int]
+    tokenize_s: float
+
+
+async def next_token(
+    asked: NextTokenRequest, library: Library, engine: Engine, settings: Settings, arrived: float
+) -> Answered:
+    """Answer `asked`, which arrived at `arrived` by perf_counter; ApiError where it cannot be."""
+    variants = library.choose(asked.model)
+    entries = _check_size(asked, variants, settings)
+    characters = sum(len(prompt) for prompt in asked.prompt if isinstance(prompt, str))
+    items, tokenize_s = await _inline(characters <= INLINE_CHARACTERS, lambda: _encode(asked, variants))
+    done = await engine.run([item.job for item in items])
+    body = await _inline(entries <= INLINE_ENTRIES, lambda: _body(items, done, arrived))
+    return Answered(
+        body,
+        tokenize_ms=1e3 * tokenize_s,
+        queue_ms=1e3 * max(each.queue_s for each in done),
+        infer_ms=1e3 * max(each.infer_s for each in done),
+    )
+
+
+async def _inline(small: bool, work: Callable[[], T]) -> T:
+    return work() if small else await asyncio.to_thread(work)
+
+
+def _check_size(asked: NextTokenRequest, variants: Sequence[Variant], settings: Settings) -> int:
+    """How many tokens the answer will list; 422 where that, top_k or the number of results is too much."""
+    results = len(asked.prompt) * len(variants)
+    if results > settings.max_prompts:
+        raise Invalid(
+            f"{len(asked.prompt)} prompts for {len(variants)} variants are {results} results; "
+            f"one request may ask for {settings.max_prompts}: send several requests",
+            "prompt",
+        )
+    for variant in variants:
+        if asked.top_k > variant.manifest.vocab_size:
+            raise Invalid(
+                f"top_k {shown(asked.top_k)} is more than the vocabulary of variant {variant.name!r}; "
+                f"allowed: 0 to {variant.manifest.vocab_size}",
+                "top_k",
+            )
+    entries = results * (asked.top_k + len(asked.tokens))
+    if entries > settings.max_entries:
+        raise Invalid(
+            f"{results} results of {asked.top_k} top and {len(asked.tokens)} chosen tokens list {entries}; "
+            f"one answer may list {settings.max_entries}: lower top_k or send several requests",
+            "top_k",
+        )
+    return entries
+
+
+def _encode(asked: NextTokenRequest, variants: Sequence[Variant]) -> tuple[list[_Item], float]:
+    """Each prompt under each variant, prompts outermost; and the seconds that took.
+
+    Variants with the same tokenizer share its ids.
+    """
+    start = perf_counter()
+    chosen = [
+        [_chosen_id(token, at, variant) for at, token in enumerate(asked.tokens)] for variant in variants
+    ]
+    items = []
+    for index, prompt in enumerate(asked.prompt):
+        where = f"prompt[{index}]" if len(asked.prompt) > 1 else "prompt"
+        encoded: dict[Vocabulary, tuple[list[int], float]] = {}
+        for variant, its_chosen in zip(variants, chosen, strict=True):
+            if variant.vocabulary not in encoded:
+                began = perf_counter()
+                ids = variant.vocabulary.encode(prompt) if isinstance(prompt, str) else prompt
+                encoded[variant.vocabulary] = ids, perf_counter() - began
+            ids, tokenize_s = encoded[variant.vocabulary]
+            _check_ids(ids, where, variant)
+            items.append(_Item(index, Job(variant, ids, asked.top_k), its_chosen, tokenize_s))
+    return items, perf_counter() - start
+
+
+def _check_ids(ids: Sequence[int], where: str, variant: Variant) -> None:
+    """Refuse what the variant has no place or no row for."""
+    context, vocab_size = variant.manifest.context, variant.manifest.vocab_size
+    if not ids:
+        raise Invalid(f"{where} is no token at all for variant {variant.name!r}", where)
+    if len(ids) > context:
+        raise Invalid(
+            f"{where} has {len(ids)} tokens, over the context of {variant.name!r}, {context}; shorten it",
+            where,
+        )
+    outside = next((id_ for id_ in ids if not 0 <= id_ < vocab_size), None)
+    if outside is not None:
+        raise Invalid(
+            f"{where} holds the id {shown(outside)}; variant {variant.name!r} has 0 to {vocab_size - 1}",
+            where,
+        )
+
+
+def _chosen_id(token: str | int, at: int, variant: Variant) -> int:
+    """The id of a token that was asked for by id or by text."""
+    where = f"tokens[{at}]"
+    if isinstance(token, int):
+        _check_ids([token], where, variant)
+        return token
+    ids = variant.vocabulary.encode_bare(token)
+    if len(ids) != 1:
+        raise Invalid(
+            f"{where}, {shown(token)}, is {len(ids)} tokens for variant {variant.name!r}, with the ids "
+            f"{shown(ids)}; give a text of exactly one token, or an id",
+            where,
+        )
+    return ids[0]
+
+
+def _body(items: Sequence[_Item], done: Sequence[Done], arrived: float) -> bytes:
+    """The answer as JSON."""
+    tokens = sum(len(item.job.ids) for item in items)
+    answer = {
+        "object": "next_token",
+        "id": f"nt-{secrets.token_hex(12)}",
+        "created": int(time.time()),
+        "results": [_result(item, each, arrived) for item, each in zip(items, done, strict=True)],
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+    return json.dumps(answer, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _result(item: _Item, done: Done, arrived: float) -> dict[str, Any]:
+    """One prompt under one variant."""
+    variant, row = item.job.variant, done.row
+    manifest, vocabulary = variant.manifest, variant.vocabulary
+    if not np.isfinite(row.entropy_bits).all():
+        raise ApiError("internal", f"variant {variant.name!r} gives no finite probabilities for this prompt")
+    (softmax_mass, sigmoid_mass), (softmax_bits, sigmoid_bits) = row.mass.tolist(), row.entropy_bits.tolist()
+    top = row.top_ids[: item.job.top_k].tolist()
+    return {
+        "prompt_index": item.prompt_index,
+        "model": manifest.name,
+        "activation": manifest.activation,
+        "head": manifest.head,
+        "precision": manifest.precision,
+        "provider": variant.provider,
+        "prompt_tokens": len(item.job.ids),
+        "softmax": {"mass": softmax_mass, "entropy_bits": softmax_bits},
+        "sigmoid": {"mass": sigmoid_mass, "entropy_bits": sigmoid_bits},
+        "top": _entries(range(1, len(top) + 1), top, row, vocabulary),
+        "chosen": _entries([_rank(row, id_) for id_ in item.chosen], item.chosen, row, vocabulary),
+        "timing_ms": {
+            "tokenize": 1e3 * item.tokenize_s,
+            "queue": 1e3 * done.queue_s,
+            "infer": 1e3 * done.infer_s,
+            "total": 1e3 * (done.at - arrived),
+        },
+    }
+
+
+def _rank(row: Row, id_: int) -> int:
+    """From 1 by falling logit; of equal ones, the smaller id first."""
+    logit = row.logits[id_]
+    return 1 + int(np.count_nonzero(row.logits > logit) + np.count_nonzero(row.logits[:id_] == logit))
+
+
+def _entries(ranks: Sequence[int], ids: list[int], row: Row, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    columns = (column[ids].tolist() for column in (row.logits, row.softmax, row.sigmoid))
+    entries = []
+    for rank, id_, logit, softmax, sigmoid in zip(ranks, ids, *columns, strict=True):
+        text, bytes_ = vocabulary.text_of(id_)
+        entry = {"rank": rank, "id": id_, "text": text, "logit": logit}
+        entry |= {"softmax": softmax, "sigmoid": sigmoid}
+        if bytes_ is not None:
+            entry["bytes"] = bytes_
+        entries.append(entry)
+    return entries

@@ -1,0 +1,198 @@
+"""The shapes of requests and answers, as the OpenAPI document shows them. B prompts, V the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
+
+from service.errors import nearest, shown
+
+MAX_TOKENS_ASKED = 256  # each costs one pass over the V logits of every result
+
+
+def _text(value: str) -> str:
+    """`value`, where a tokenizer can take it."""
+    if not value:
+        raise PydanticCustomError("empty", "is empty; give at least one character")
+    if "\0" in value:
+        raise PydanticCustomError("nul", "holds U+0000, which is no text; remove it")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise PydanticCustomError(
+                "surrogate",
+                "holds the lone surrogate {code} at character {at}, which is no text; remove it",
+                {"code": f"U+{ord(value[error.start]):04X}", "at": error.start},
+            ) from None
+    return value
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """One prompt or several, as text or token ids -> a list of prompts, none of them empty."""
+    if isinstance(value, str):
+        return [_text(value)]
+    if isinstance(value, list) and value:
+        if all(type(item) is int for item in value):
+            return [value]
+        if all(isinstance(item, str) for item in value):
+            return [_text(item) for item in value]
+        if all(isinstance(item, list) and all(type(i) is int for i in item) for item in value):
+            if not all(value):
+                raise PydanticCustomError("empty", "holds an empty list of token ids; give at least one id")
+            return list(value)
+    raise PydanticCustomError(
+        "prompt",
+        "must be a text, a list of texts, a list of whole token ids, or a list of such lists; not empty",
+    )
+
+
+def _models(value: Any) -> list[str]:
+    """One name, several different ones, or "*" -> a list of names."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise PydanticCustomError("model", 'must be a name, a list of names, or "*" for all')
+    twice = next((name for name in names if names.count(name) > 1), None) if len(names) < 1000 else names[0]
+    if twice is not None:
+        raise PydanticCustomError("model", "names {name} twice; name each once", {"name": shown(twice)})
+    return names
+
+
+def _tokens(value: Any) -> list[str | int]:
+    if not isinstance(value, list) or not all(type(item) in (str, int) for item in value):
+        raise PydanticCustomError("tokens", "must be a list of token ids and texts of one token each")
+    if len(value) > MAX_TOKENS_ASKED:
+        raise PydanticCustomError("tokens", "may hold at most {most} tokens", {"most": MAX_TOKENS_ASKED})
+    return [_text(item) if isinstance(item, str) else item for item in value]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_fields(cls, data: Any) -> Any:
+        """A null means that the field is not given; a field that we do not know is refused."""
+        if not isinstance(data, dict):
+            return data
+        for field in data:
+            if field not in cls.model_fields:
+                known, hint = ", ".join(cls.model_fields), nearest(field, cls.model_fields)
+                raise PydanticCustomError(
+                    "unknown_field",
+                    "unknown field {field}; known: {known}{hint}",
+                    {"field": shown(field), "known": known, "hint": hint},
+                )
+        return {field: value for field, value in data.items() if value is not None}
+
+
+class NextTokenRequest(_Request):
+    """The next token of each prompt, under each variant."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"model": ["gelu", "swiglu"], "prompt": "if x is not", "top_k": 3, "tokens": [" None"]},
+            ]
+        }
+    )
+
+    model: Annotated[list[str], PlainValidator(_models, json_schema_input_type=str | list[str])] = Field(
+        description='A variant\'s name, several, or "*" for all of them.'
+    )
+    prompt: Annotated[
+        list[str | list[int]],
+        PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    ] = Field(description="One prompt or several, as text or as token ids.")
+    top_k: int = Field(10, ge=0, description="How many of the likeliest tokens, up to all.")
+    tokens: Annotated[list[str | int], PlainValidator(_tokens, json_schema_input_type=list[str | int])] = (
+        Field(default=[], description="Tokens to report besides: an id, or a text that is exactly one token.")
+    )
+
+
+class Entry(BaseModel):
+    """One token of the vocabulary after the prompt."""
+
+    rank: int = Field(description="From 1, by falling logit, ties by rising id.")
+    id: int
+    text: str = Field(description="The token alone, decoded.")
+    bytes: list[int] | None = Field(None, description="Its bytes, where they are no UTF-8 alone.")
+    logit: float
+    softmax: float = Field(description="exp(logit) / sum over V of exp(logit)")
+    sigmoid: float = Field(description="1 / (1 + exp(-logit))")
+
+
+class Spread(BaseModel):
+    mass: float = Field(description="Sum of the probabilities over the vocabulary.")
+    entropy_bits: float = Field(description="Of the probabilities divided by their mass.")
+
+
+class Timing(BaseModel):
+    """Milliseconds. Prompts that were computed together have the same `infer`."""
+
+    tokenize: float
+    queue: float
+    infer: float
+    total: float = Field(description="From the request's arrival to this result.")
+
+
+class Result(BaseModel):
+    """One prompt under one variant."""
+
+    prompt_index: int
+    model: str
+    activation: str
+    head: Literal["softmax", "sigmoid"] = Field(description="What the variant was trained with.")
+    precision: str
+    provider: str
+    prompt_tokens: int
+    softmax: Spread
+    sigmoid: Spread
+    top: list[Entry]
+    chosen: list[Entry]
+    timing_ms: Timing
+
+
+class Usage(BaseModel):
+    """Tokens that were computed: of every prompt, under every variant."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class NextTokenAnswer(BaseModel):
+    """Results with the prompts outermost: prompt 0 under each variant, prompt 1 under each, ..."""
+
+    object: Literal["next_token"] = "next_token"
+    id: str
+    created: int = Field(description="Seconds since 1970.")
+    results: list[Result]
+    usage: Usage
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorAnswer(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "error": {
+                        "message": "unknown variant 'swigul'; known: gelu, swiglu; did you mean 'swiglu'?",
+                        "type": "model_not_found",
+                        "param": "model",
+                        "code": 404,
+                    }
+                }
+            ]
+        }
+    )
+
+    error: ErrorBody

@@ -1,0 +1,65 @@
+"""Runs the application under uvicorn until SIGTERM or Ctrl-C, and finishes what is queued before it ends."""
+
+from __future__ import annotations
+
+import math
+import signal
+import socket
+from types import FrameType
+
+import click
+import uvicorn
+
+from service.app import Service, create_app
+from service.settings import Settings
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, saying where it listens, and telling the readiness check when it drains."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and sockets:
+            _announce(self._service, sockets[0].getsockname()[1])
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.draining = True
+        super().handle_exit(sig, frame)
+
+
+def serve_until_stopped(settings: Settings, listener: socket.socket) -> None:
+    """Serve on `listener`; returns once it was told to stop and the last answer is sent."""
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        access_log=settings.access_log,
+        log_level="info" if settings.access_log else "warning",
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.timeout_s),
+    )
+    # uvicorn raises the signal again once it has drained, to end as if it had not caught it; we end with 0.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda *_: None)
+    _Server(config, app.state.service).run([listener])
+
+
+def _announce(service: Service, port: int) -> None:
+    settings, library = service.settings, service.library
+    host = "localhost" if settings.host in ("0.0.0.0", "::", "127.0.0.1", "::1") else settings.host
+    for variant in library.variants.values():
+        manifest = variant.manifest
+        click.echo(
+            f"  {variant.name}: {manifest.activation}, {manifest.head} head, {manifest.precision}, "
+            f"{manifest.parameters / 1e6:.2f} M parameters, {variant.provider}",
+            err=True,
+        )
+    for bundle in library.refused:
+        click.echo(f"  refused {bundle.name}: {bundle.reason}", err=True)
+    if service.no_cuda:
+        click.echo(f"  on the CPU, since CUDA does not run here: {service.no_cuda}", err=True)
+    count = len(library.variants)
+    click.echo(f"actuary: serving {count} variants on http://{host}:{port}/ (docs at /docs)", err=True)

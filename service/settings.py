@@ -1,0 +1,50 @@
+"""Everything that a person can set about the service, one field each.
+
+The options of `actuary serve` and the ACTUARY_* environment variables are derived from these
+fields (service/cli.py); nothing here reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+def cores() -> int:
+    """How many cores this process may use, which under a container or taskset is less than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Settings(BaseModel):
+    """Checked once, when the application is made; times in seconds, sizes in bytes or tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bundles: Path = Field(Path("artifacts/bundles"), description="Folder of bundles, or one bundle.")
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    provider: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: CUDA where it loads, else CPU. cuda: refuse to start without it."
+    )
+    threads: int = Field(
+        default_factory=cores, ge=1, le=1024, description="Cores that all variants together compute on."
+    )
+    max_queue: int = Field(1024, ge=1, description="Prompts that may wait; one more is answered 429.")
+    max_prompts: int = Field(256, ge=1, description="Prompts times variants of one request.")
+    max_batch_tokens: int = Field(2048, ge=1, description="Padded tokens that are computed together.")
+    max_entries: int = Field(262_144, ge=1, description="Tokens listed in one answer, top and chosen.")
+    max_body_bytes: int = Field(1 << 20, ge=1, description="Largest request body.")
+    timeout_s: float = Field(30.0, gt=0, le=3600, description="Longest wait of a request, then 408.")
+    access_log: bool = Field(False, description="Log each request on standard error.")
+
+    @model_validator(mode="after")
+    def _a_request_fits_the_queue(self) -> Settings:
+        if self.max_prompts > self.max_queue:
+            raise ValueError(
+                f"max_prompts {self.max_prompts} is more than max_queue {self.max_queue}: such a request "
+                "could never be served; raise max_queue or lower max_prompts"
+            )
+        return self

@@ -1,0 +1,108 @@
+"""One bundle, ready to answer: its manifest, its vocabulary and its session.
+
+A variant is only made from a graph that keeps the contract of export/bundle.py and has run once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actuary import BadInput
+from export import bundle
+from export.bundle import Manifest
+from service.runtime import Runtime
+from service.vocabulary import Vocabulary
+
+# Types and ranks that the graph must have.
+_INPUTS = {bundle.INPUT_IDS: ("int64", 2), bundle.LENGTHS: ("int64", 1), bundle.TOP_K: ("int64", 1)}
+_OUTPUTS = dict.fromkeys(bundle.OUTPUTS, ("float", 2)) | {bundle.TOP_IDS: ("int64", 2)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """The next token of one prompt, over the vocabulary V, as the graph computed it."""
+
+    logits: NDArray[np.float32]  # [V]
+    softmax: NDArray[np.float32]  # [V]
+    sigmoid: NDArray[np.float32]  # [V]
+    top_ids: NDArray[np.int64]  # [K], by falling logit, ties by rising id
+    mass: NDArray[np.float32]  # [2]: of softmax, of sigmoid
+    entropy_bits: NDArray[np.float32]  # [2]
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One served model."""
+
+    manifest: Manifest
+    vocabulary: Vocabulary
+    session: Any  # onnxruntime.InferenceSession
+    provider: str
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    def run(self, prompts: Sequence[Sequence[int]], top_k: int) -> list[Row]:
+        """B prompts of 1 to `context` ids each -> B rows, with K = top_k. Blocks; safe from any thread."""
+        lengths = np.fromiter(map(len, prompts), np.int64, len(prompts))
+        ids = np.zeros((len(prompts), lengths.max()), np.int64)  # [B, T], padded on the right
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        feeds = {bundle.INPUT_IDS: ids, bundle.LENGTHS: lengths, bundle.TOP_K: np.array([top_k])}
+        return [Row(*arrays) for arrays in zip(*self.session.run(bundle.OUTPUTS, feeds), strict=True)]
+
+
+def open_variant(folder: Path, runtime: Runtime, vocabulary: Callable[[Path, str], Vocabulary]) -> Variant:
+    """The bundle in `folder`, verified, opened and run once; BadInput or the cause where it is not good.
+
+    Args:
+        vocabulary: gives the Vocabulary of a tokenizer.json, by its path and sha256.
+    """
+    manifest = bundle.read_bundle(folder)
+    tokenizer = vocabulary(folder / bundle.TOKENIZER, manifest.files[bundle.TOKENIZER])
+    if tokenizer.size > manifest.vocab_size:
+        raise BadInput(
+            f"{bundle.TOKENIZER} has ids up to {tokenizer.size - 1}, the model's vocabulary has "
+            f"{manifest.vocab_size}; export it again with its own tokenizer"
+        )
+    session = runtime.open(folder / bundle.MODEL)
+    _check_signature("input", _INPUTS, session.get_inputs())
+    _check_signature("output", _OUTPUTS, session.get_outputs())
+    variant = Variant(manifest, tokenizer, session, session.get_providers()[0])
+    _warm_up(variant)
+    return variant
+
+
+def _check_signature(what: str, expected: dict[str, tuple[str, int]], found: Sequence[Any]) -> None:
+    has = {value.name: value for value in found}
+    for name, (element, rank) in expected.items():
+        if name not in has:
+            raise BadInput(f"the graph has no {what} {name!r}, only {', '.join(has)}; export it again")
+        value = has[name]
+        if value.type != f"tensor({element})" or len(value.shape) != rank:
+            raise BadInput(
+                f"the graph's {what} {name!r} is {value.type} of {len(value.shape)} dimensions; "
+                f"it must be tensor({element}) of {rank}: export it again"
+            )
+
+
+def _warm_up(variant: Variant) -> None:
+    """The longest prompt with the last id, then two of different lengths; refuses what they show."""
+    vocab_size, context = variant.manifest.vocab_size, variant.manifest.context
+    last = vocab_size - 1
+    for prompts in ([[last] * context], [[last], [0] * min(2, context)]):
+        for row in variant.run(prompts, top_k=1):
+            if not row.logits.shape == row.softmax.shape == row.sigmoid.shape == (vocab_size,):
+                raise BadInput(
+                    f"the graph gives {row.logits.shape[0]} logits, the manifest says vocab_size "
+                    f"{vocab_size}; export it again"
+                )
+            if not (np.isfinite(row.logits).all() and np.isfinite(row.entropy_bits).all()):
+                raise BadInput("the graph gives numbers that are not finite; train or export it again")

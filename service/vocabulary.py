@@ -1,0 +1,57 @@
+"""A tokenizer.json as the service needs it: text to ids, and one id to the text and bytes it stands for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+REPLACEMENT = "\ufffd"
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level BPE's alphabet (GPT-2, encoder.py): printable Latin-1 is itself, others are U+0100 on."""
+    itself = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in set(itself)]
+    return {chr(byte): byte for byte in itself} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a single byte
+
+
+class Vocabulary:
+    """Shared by every variant whose tokenizer.json is the same."""
+
+    def __init__(self, path: Path) -> None:
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer.no_truncation()  # a prompt that is too long is refused, not cut
+        self._tokenizer.no_padding()
+        self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self._tokenizer.encode("compiles its patterns now, not in the first request")
+        self._texts: dict[int, tuple[str, list[int] | None]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a prompt, with whatever special tokens the tokenizer puts around one."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def encode_bare(self, text: str) -> list[int]:
+        """The ids of `text` alone."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def text_of(self, id_: int) -> tuple[str, list[int] | None]:
+        """What one id decodes to; and its bytes, where these alone are not valid UTF-8."""
+        if id_ not in self._texts:
+            text = self._tokenizer.decode([id_], skip_special_tokens=False)
+            self._texts[id_] = text, self._bytes_of(id_) if REPLACEMENT in text else None
+        return self._texts[id_]
+
+    def _bytes_of(self, id_: int) -> list[int] | None:
+        token = self._tokenizer.id_to_token(id_) or ""
+        if fallback := _BYTE_FALLBACK.fullmatch(token):
+            return [int(fallback[1], 16)]
+        try:
+            return [_BYTE_OF_CHARACTER[character] for character in token]
+        except KeyError:  # not a byte-level vocabulary: the token is its text
+            return None
