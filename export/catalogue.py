@@ -17,19 +17,19 @@ from export.ops.trace import trace
 from models.activations import Activation, registry
 
 # 6 each side shows every bend, relu6's included; steps of 0.05 draw smoothly and land on 0, where steps jump.
-REACH, POINTS = 6.0, 241
+REACH, PER_UNIT = 6, 20
 UNITS = 8  # of a hidden axis: the drawn one and seven at 0
 
 
 def curve(activation: Activation) -> Curve:
-    """f and its slope at [POINTS] places from -REACH to REACH, in float64, rounded to 6 digits."""
-    x = torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64).requires_grad_()
+    """f and its slope at places [241] from -REACH to REACH, in float64, rounded to 6 digits."""
+    x = (torch.arange(-REACH * PER_UNIT, REACH * PER_UNIT + 1, dtype=torch.float64) / PER_UNIT).requires_grad_()
     learned = [torch.tensor([start], dtype=torch.float64) for start in activation.learned.values()]
     units = UNITS if activation.kind == "hidden_axis" else 1
     if activation.gated:
         y = activation.expression(x, torch.ones_like(x), *learned)
     else:
-        rows = torch.cat([x[:, None], torch.zeros(POINTS, units - 1, dtype=torch.float64)], dim=-1)
+        rows = torch.cat([x[:, None], torch.zeros(len(x), units - 1, dtype=torch.float64)], dim=-1)
         y = activation.expression(rows, *learned)[:, 0]
     # A step function has no path back to x: its slope is 0 wherever it exists.
     slope = torch.autograd.grad(y.sum(), x)[0] if y.requires_grad else torch.zeros_like(x)

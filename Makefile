@@ -1,0 +1,72 @@
+# Two commands do all the set-up: `make up` (train, export, serve) and `make test`.
+# PORT=8000 moves the service, STEPS=1000 shortens or lengthens training, PYTHON= names the interpreter,
+# TORCH_INDEX= names another package index for torch (PyTorch's CPU index saves gigabytes on x86-64 Linux).
+
+PYTHON ?= python3
+PORT ?= 8000
+STEPS ?= 1000
+VENV ?= .venv
+ARTIFACTS ?= artifacts
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+ACTUARY := $(BIN)/actuary
+CHECKPOINTS := $(ARTIFACTS)/checkpoints
+BUNDLES := $(ARTIFACTS)/bundles
+TRAINED := $(CHECKPOINTS)/.trained
+EXPORTED := $(BUNDLES)/.exported
+
+.PHONY: up test lint format train export serve load clean help
+.DELETE_ON_ERROR:
+
+help: ## What each target does
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+up: $(EXPORTED) serve ## Virtual environment, install, train the default set, export, serve
+
+# torch comes first and by its exact version: what depends on it would pull another build.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 11) else f"Actuary needs Python 3.11 or newer, $(PYTHON) is {v}; name another with: make up PYTHON=python3.12")'
+	@echo "installing into $(VENV) (some minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) --editable '.[train,serve,load]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[train,serve,load,dev]'
+	@touch $@
+
+$(TRAINED): | $(VENV)/.installed
+	$(ACTUARY) train --steps $(STEPS) --out $(CHECKPOINTS)
+	@touch $@
+
+$(EXPORTED): $(TRAINED) | $(VENV)/.installed
+	$(ACTUARY) export $(CHECKPOINTS) --out $(BUNDLES)
+	@touch $@
+
+train: $(TRAINED) ## Train the default set, where it is not there
+
+export: $(EXPORTED) ## Export what was trained, where it is not there
+
+serve: | $(VENV)/.installed ## Serve what was exported
+	$(ACTUARY) serve --bundles $(BUNDLES) --port $(PORT)
+
+load: | $(VENV)/.installed ## Load on the running service, one row per variant
+	$(ACTUARY) load --url http://127.0.0.1:$(PORT)
+
+test: $(VENV)/.installed-dev ## Every test that this machine can run
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.installed-dev ## ruff and strict mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## Let ruff mend what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove what was trained, exported and installed
+	rm -rf $(ARTIFACTS) $(VENV) build *.egg-info
