@@ -23,7 +23,6 @@ from typing import Any
 
 import click
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -393,12 +392,11 @@ def _reasons(rows: list[dict[str, Any]]) -> str:
 
 
 def _print(result: dict[str, Any], folder: Path, console: Console) -> None:
-    table = Table(
-        title=report.headline(result), caption=f"latency in ms, {result['percentile_method']} percentiles"
-    )
-    table.add_column("variant", overflow="fold")
-    for heading in ("requests", "failures", "req/s", "p50", "p90", "p99", "mean", "server infer p50"):
-        table.add_column(heading, justify="right")
+    caption = f"latency in ms, {result['percentile_method']} percentiles; infer: the server's own time"
+    table = Table(title=report.headline(result), caption=caption, box=None, padding=(0, 1, 0, 0))
+    table.add_column("variant", no_wrap=True, min_width=8)
+    for heading in ("requests", "failures", "req/s", "p50", "p90", "p99", "mean", "infer p50"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in [*result["rows"], result["total"]]:
         latency = row["latency_ms"]
         cells = [str(row["requests"]), str(row["failures"]), f"{row['requests_per_s']:.1f}"]

@@ -229,7 +229,10 @@ def _reason(response: Any, error: Exception, timeout_s: float) -> str:
     status = getattr(response, "status_code", 0)
     if status and status != 200:
         try:
-            return f"HTTP {status} {response.json()['error']['type']}"
+            said = response.json()["error"]
+            # Our own mistake is worth its sentence; of an overloaded server the kind is enough.
+            ours = 400 <= status < 500 and status not in (408, 429)
+            return f"HTTP {status} {said['message' if ours else 'type']}"[:160]
         except (ValueError, KeyError, TypeError):
             return f"HTTP {status}"
     if isinstance(error, TimeoutError):

@@ -155,7 +155,8 @@ def judge_client(
     if starved > (1 - KEPT_SHARE) * max(len(samples), 1):
         verdict["said"].append(
             f"{starved} of {len(samples)} requests found all {plan.users} users waiting for an answer: "
-            f"the server is too slow for {plan.rate:g}/s. The wait is in the latencies; lower --rate or add --users"
+            f"the server is too slow for {plan.rate:g}/s, and the wait is in the latencies; lower --rate or "
+            "add --users"
         )
     if timer_is_late:
         verdict["said"].append(

@@ -307,8 +307,9 @@ def test_master_and_worker_bring_every_sample_to_the_master(stand_in: _Server, t
 
 
 def test_the_real_service(server_url: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("if x\nfor i in\n")  # the tiny variants' context is 32 tokens
     arguments = ("--url", server_url, "--users", "2", "--duration", "3", "--warmup", "0.5", "--out", "run")
-    done = _load(*arguments, cwd=tmp_path)
+    done = _load(*arguments, "--prompts", "prompts.txt", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert {row["model"] for row in result["rows"]} == set(planning.served_models(server_url))

@@ -1,0 +1,348 @@
+"""docker-compose.yml without a Docker engine: its schema, and each service's very command.
+
+The schema is the compose specification's own, as the package check-jsonschema carries it. A command
+runs in a copy of exactly the files that its Dockerfile copies, with the paths, ports and host names
+of containers mapped to folders, free ports and loopback. What this cannot show is that the images
+build and that the engine wires them together.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.resources
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from conftest import free_port
+from ruamel.yaml import YAML
+
+from loadtest.samples import read_samples
+
+ROOT = Path(__file__).parents[1]
+COMPOSE = ROOT / "docker-compose.yml"
+TINY = "--activations gelu,swiglu --layers 1 --dim 32 --context 32 --vocab 300 --batch 2 --workers 1"
+
+
+def _compose(variables: dict[str, str] | None = None) -> dict[str, Any]:
+    """The file as Compose reads it: YAML with its anchors merged, then ${NAME:-default} and $$ resolved."""
+    document = json.loads(json.dumps(YAML(typ="safe").load(COMPOSE.read_text(encoding="utf-8"))))
+    return _interpolate(document, variables or {})
+
+
+def _interpolate(value: Any, variables: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _interpolate(inner, variables) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_interpolate(inner, variables) for inner in value]
+    if not isinstance(value, str):
+        return value
+
+    def resolve(match: re.Match[str]) -> str:
+        if match["escaped"]:
+            return "$"
+        assert match["name"], f"a form of interpolation that this test does not know: {value}"
+        return variables.get(match["name"]) or match["default"]
+
+    return re.sub(r"\$(?:(?P<escaped>\$)|\{(?P<name>\w+):-(?P<default>[^}]*)\}|)", resolve, value)
+
+
+def _schema() -> dict[str, Any]:
+    path = importlib.resources.files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json"
+    schema: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return schema
+
+
+# --- what the file says ---------------------------------------------------------------------------
+
+
+def test_fits_the_compose_specification() -> None:
+    jsonschema.validate(_compose(), _schema())
+    # Before interpolation too: Compose reads it so.
+    jsonschema.validate(json.loads(json.dumps(YAML(typ="safe").load(COMPOSE.read_text()))), _schema())
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("services", "service", "comand"), ["x"]),
+        (("services", "service", "healthcheck", "intervall"), "3s"),
+        (("services", "service", "depends_on"), {"train-and-export": {"condition": "service_done"}}),
+        (("services", "service", "ports"), {"8000": 8000}),
+        (("service",), {}),
+    ],
+)
+def test_the_schema_refuses_mistakes(path: tuple[str, ...], value: Any) -> None:
+    document = copy.deepcopy(_compose())
+    inner = document
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, _schema())
+
+
+def test_every_name_leads_somewhere() -> None:
+    compose = _compose()
+    services = compose["services"]
+    for name, service in services.items():
+        for needed, how in service.get("depends_on", {}).items():
+            missing = set(service["profiles"]) - set(services[needed]["profiles"])
+            assert not missing or how.get("required") is False, f"{name} needs {needed}, absent in {missing}"
+        for volume in service.get("volumes", []):
+            assert volume.split(":")[0] in compose["volumes"]
+        build = service["build"]
+        assert (ROOT / build["context"] / build["dockerfile"]).is_file()
+        for port in service.get("ports", []):
+            assert port.startswith("127.0.0.1:"), (
+                "published to this machine only, unless someone decides otherwise"
+            )
+    wait = services["service"]["depends_on"]["train-and-export"]
+    assert wait == {"condition": "service_completed_successfully"}
+    profiles = {name: service["profiles"] for name, service in services.items()}
+    assert [name for name in profiles if "cpu" in profiles[name] and "gpu" not in profiles[name]] == [
+        "service"
+    ]
+    assert [name for name in profiles if "gpu" in profiles[name] and "cpu" not in profiles[name]] == [
+        "service-gpu"
+    ]
+    gpu, cpu = services["service-gpu"], services["service"]
+    assert gpu["command"][:-1] == cpu["command"][:-1]
+    assert (gpu["command"][-2:], cpu["command"][-2:]) == (["--provider", "cuda"], ["--provider", "cpu"])
+    assert gpu["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+    assert "service" in gpu["networks"]["default"]["aliases"], "Locust looks for http://service:8000"
+
+
+def test_dockerfiles_agree_with_compose_and_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = [p.split(";")[0].strip() for extra in project["optional-dependencies"].values() for p in extra]
+    for name in ("service", "train", "load"):
+        text = (ROOT / "deploy" / f"Dockerfile.{name}").read_text()
+        for pin in re.findall(r"\b(?:torch|onnxruntime)==\S+\b", text):
+            assert pin in pins, f"Dockerfile.{name} pins {pin}, pyproject.toml does not"
+        assert re.search(r"^USER (?!root)\w+$", text, re.MULTILINE), f"Dockerfile.{name} runs as root"
+        for source in _copied(name):
+            assert (ROOT / source).exists(), f"Dockerfile.{name} copies {source}, which is not there"
+            allowed = (ROOT / ".dockerignore").read_text().splitlines()
+            assert {f"!{source.parts[0]}", f"!{source.parts[0]}/"} & set(allowed), (
+                f"{source} never reaches the build"
+            )
+    health = re.search(
+        r"HEALTHCHECK .*?CMD (\[.*?\])$", (ROOT / "deploy/Dockerfile.service").read_text(), re.S | re.M
+    )
+    assert health
+    assert ["CMD", *json.loads(health[1])] == _compose()["services"]["service"]["healthcheck"]["test"]
+
+
+def test_the_service_image_holds_no_training_code() -> None:
+    assert not {path.parts[0] for path in _copied("service")} & {"models", "loadtest", "tests"}
+    assert {path for path in _copied("service") if path.parts[0] == "export"} == {
+        Path("export/__init__.py"),
+        Path("export/bundle.py"),
+    }
+    assert "torch" not in re.sub(r"#.*", "", (ROOT / "deploy/Dockerfile.service").read_text())
+
+
+def _copied(image: str) -> list[Path]:
+    """The sources of the COPY lines that take from the build's context."""
+    sources = []
+    for line in (ROOT / "deploy" / f"Dockerfile.{image}").read_text().splitlines():
+        words = line.split()
+        if words[:1] == ["COPY"] and not words[1].startswith("--"):
+            sources += [Path(word) for word in words[1:-1]]
+    return sources
+
+
+# --- what its commands do -------------------------------------------------------------------------
+
+
+class Host:
+    """One machine standing for all containers: an /app for each image, the volumes, and free ports."""
+
+    def __init__(self, folder: Path, variables: dict[str, str]) -> None:
+        self.folder = folder
+        self.services = _compose(variables)["services"]
+        self.ports = {port: str(free_port()) for port in ("8000", "8089", "5557")}
+        for volume in ("data", "bundles"):
+            (folder / volume).mkdir()
+        # The images' own `actuary`, `locust` and `python` are those of this environment.
+        programs = folder / "bin"
+        programs.mkdir()
+        for name, module in (("actuary", "actuary"), ("locust", "locust"), ("python", None)):
+            words = [sys.executable, *(["-m", module] if module else [])]
+            (programs / name).write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+            (programs / name).chmod(0o755)
+
+    def app(self, service: str) -> Path:
+        """What the image of `service` holds in /app."""
+        image = self.services[service]["build"]["dockerfile"].rpartition(".")[2]
+        app = self.folder / f"app-{image}"
+        if not app.exists():
+            app.mkdir()
+            for source in _copied(image):
+                if (ROOT / source).is_dir():
+                    leave = shutil.ignore_patterns("__pycache__")
+                    shutil.copytree(ROOT / source, app / source, ignore=leave)
+                elif (ROOT / source).exists():
+                    (app / source).parent.mkdir(exist_ok=True)
+                    shutil.copy(ROOT / source, app / source)
+        return app
+
+    def here(self, service: str, word: str) -> str:
+        """A word of a command, with what belongs to containers replaced by what there is on this machine."""
+        for inside in ("/data", "/bundles"):
+            word = re.sub(rf"(?<![\w/]){inside}\b", str(self.folder) + inside, word)
+        word = re.sub(r"(?<![\w/])/app\b", str(self.app(service)), word)
+        word = re.sub(r"\b0\.0\.0\.0\b|^locust-master$|(?<=http://)service(?=:)", "127.0.0.1", word)
+        return re.sub(r"(?<!\d)(8000|8089|5557)(?!\d)", lambda match: self.ports[match[1]], word)
+
+    def start(self, service: str, command: list[str] | None = None) -> subprocess.Popen[str]:
+        entry = self.services[service]
+        words = command or [*entry.get("entrypoint", []), *entry["command"]]
+        environment = {
+            **os.environ,
+            **entry.get("environment", {}),
+            "PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(self.app(service)),
+        }
+        log = (self.folder / f"{service}.log").open("a")
+        return subprocess.Popen(
+            [self.here(service, word) for word in words],
+            cwd=self.folder / "data",
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def healthy(self, service: str) -> bool:
+        kind, *words = self.services[service]["healthcheck"]["test"]
+        assert kind == "CMD"
+        return self.start(service, words).wait(timeout=10) == 0
+
+    def log(self, service: str) -> str:
+        return (self.folder / f"{service}.log").read_text(errors="replace")[-4000:]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    corpus = Path(json.__file__).parent
+    variables = {"ACTUARY_TRAIN_STEPS": "2", "ACTUARY_TRAIN_ARGS": f"{TINY} --corpus {corpus}"}
+    return Host(tmp_path_factory.mktemp("compose"), variables)
+
+
+@pytest.fixture(scope="module")
+def bundles_volume(host: Host) -> Path:
+    """The one-shot's result: the service may start when it completed successfully."""
+    assert host.start("train-and-export").wait(timeout=120) == 0, host.log("train-and-export")
+    return host.folder / "bundles"
+
+
+@pytest.fixture(scope="module")
+def running_service(host: Host, bundles_volume: Path) -> Iterator[str]:
+    process = host.start("service")
+    try:
+        deadline = time.monotonic() + 40
+        while not host.healthy("service"):
+            assert process.poll() is None, host.log("service")
+            assert time.monotonic() < deadline, host.log("service")
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{host.ports['8000']}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=40) == 0, host.log("service")
+
+
+def test_train_and_export_fills_the_volume(bundles_volume: Path) -> None:
+    assert {path.parent.name for path in bundles_volume.glob("*/manifest.json")} == {"gelu", "swiglu"}
+
+
+def test_the_health_check_fails_without_a_service(host: Host) -> None:
+    lonely = copy.copy(host)
+    lonely.ports = {**host.ports, "8000": str(free_port())}
+    assert not lonely.healthy("service")
+
+
+def test_the_service_answers(running_service: str) -> None:
+    body = json.dumps({"model": "*", "prompt": "if x", "top_k": 2}).encode()
+    request = urllib.request.Request(
+        f"{running_service}/v1/next-token", body, {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as response:
+        results = json.load(response)["results"]
+    assert {result["model"] for result in results} == {"gelu", "swiglu"}
+    assert {result["provider"] for result in results} == {"CPUExecutionProvider"}
+
+
+def test_locust_master_and_workers_load_it(host: Host, running_service: str) -> None:
+    master = host.start("locust-master")
+    workers = [
+        host.start("locust-workers")
+        for _ in range(int(host.services["locust-workers"]["deploy"]["replicas"]))
+    ]
+    page = f"http://127.0.0.1:{host.ports['8089']}"
+    try:
+        _until(lambda: len(_get(f"{page}/stats/requests").get("workers", [])) == len(workers), host)
+        form = {"user_count": 4, "spawn_rate": 4, "host": running_service, "models": "gelu,swiglu"}
+        form["prompts"] = str(_short_prompts(host))
+        started = urllib.request.urlopen(f"{page}/swarm", urllib.parse.urlencode(form).encode(), timeout=10)
+        assert json.load(started)["success"], host.log("locust-master")
+        _until(lambda: _requests(page) > 100, host)
+        _get(f"{page}/stop")
+        rows = {row["name"]: row for row in _get(f"{page}/stats/requests")["stats"]}
+        for model in ("gelu", "swiglu"):
+            assert rows[model]["num_requests"] > 20
+            assert rows[model]["num_failures"] == 0, rows[model]
+    finally:
+        master.send_signal(signal.SIGTERM)
+        codes = [process.wait(timeout=20) for process in (master, *workers)]
+    assert codes[0] == 0, host.log("locust-master")
+    samples = read_samples(host.folder / "data" / "samples.csv")
+    assert {sample.model for sample in samples} == {"gelu", "swiglu"}
+    assert len({sample.worker for sample in samples}) == len(workers)
+    assert not [sample.failure for sample in samples if sample.failure]
+
+
+def _short_prompts(host: Host) -> Path:
+    path = host.folder / "prompts.txt"
+    path.write_text("if x\nfor i in\n")  # the tiny variants' context is 32 tokens
+    return path
+
+
+def _get(url: str) -> dict[str, Any]:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            answer: dict[str, Any] = json.load(response)
+            return answer
+    except OSError:
+        return {}
+
+
+def _requests(page: str) -> int:
+    return sum(
+        row["num_requests"] for row in _get(f"{page}/stats/requests").get("stats", []) if row["method"]
+    )
+
+
+def _until(condition: Any, host: Host, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        logs = host.log("locust-master") + host.log("locust-workers")
+        assert time.monotonic() < deadline, logs
+        time.sleep(0.1)
