@@ -1,0 +1,236 @@
+"""The real process: what it imports, how it starts, how it refuses to, how it ends."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2 as httpx
+import psutil
+import pytest
+from conftest import free_port, serving
+
+ACTUARY = [str(Path(sys.executable).with_name("actuary"))]  # the installed program
+SERVICE = Path(__file__).parent.parent / "service"
+FORBIDDEN = {"torch", "transformers", "onnx", "models", "loadtest", "studies"}
+EXPORT = ("export.bundle.",)
+MAX_RESIDENT_BYTES = 400 * 2**20
+
+
+def ask(url: str, **body: object) -> httpx.Response:
+    return httpx.post(
+        f"{url}/v1/next-token", json={"model": "gelu", "prompt": "if x is not", **body}, timeout=30
+    )
+
+
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A start that is expected to end by itself."""
+    command = [*ACTUARY, "serve", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_it_answers_in_little_memory(server_url: str, bundles: Path) -> None:
+    assert ask(server_url, model="*").status_code == 200
+    with serving(bundles) as (url, process):
+        for _ in range(20):
+            assert ask(url, model="*", prompt=["if x is not"] * 8).status_code == 200
+        assert psutil.Process(process.pid).memory_info().rss < MAX_RESIDENT_BYTES
+
+
+def test_it_never_imports_torch_transformers_or_onnx(bundles: Path) -> None:
+    """The process says what it has imported, after it has answered and drained."""
+    port = free_port()
+    code = (
+        "import sys, actuary\n"
+        f"arguments = ['serve', '--bundles', {str(bundles)!r}, '--port', '{port}']\n"
+        "actuary.cli.main(arguments, standalone_mode=False)\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))\n"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                assert ask(url, model="*").status_code == 200
+                break
+            except httpx.TransportError:
+                time.sleep(0.05)
+        assert httpx.get(f"{url}/assets/plotly.min.js").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        imported, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    roots = set(imported.split())
+    assert {"onnxruntime", "uvloop", "httptools", "service"} <= roots
+    assert not roots & {"torch", "transformers", "onnx", "plotly", "models", "loadtest"}
+
+
+def test_its_source_imports_only_what_it_may() -> None:
+    """Of our rooms: the program's errors, the bundle's contract, itself."""
+    for file in SERVICE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}: relative import"
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names}
+            else:
+                continue
+            for name in names:
+                root = name.partition(".")[0]
+                assert root not in {"torch", "transformers", "onnx", "models", "loadtest", "studies"}, (
+                    f"{file}: {name}"
+                )
+                assert root != "export" or name == "export" or name.startswith("export.bundle"), (
+                    f"{file}: {name}"
+                )
+
+
+def test_it_says_what_serves_what_is_refused_and_where(bundles: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundles, tmp_path / "bundles")
+    (tmp_path / "bundles" / "swiglu" / "manifest.json").write_text("[]")
+    port = free_port()
+    command = [*ACTUARY, "serve", "--bundles", str(tmp_path / "bundles"), "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said += line
+            if "http://" in line:
+                break
+        assert httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 200, (
+            "it serves once it says so"
+        )
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 0
+    assert f"serving 2 variants on http://localhost:{port}/" in said
+    assert "gelu-sigmoid-head: gelu, sigmoid head, fp32" in said
+    assert "refused swiglu: " in said
+
+
+def test_options_overrule_the_environment(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACTUARY_MAX_BODY_BYTES", "200")
+    monkeypatch.setenv("ACTUARY_MAX_PROMPTS", "2")
+    with serving(bundles, "--max-prompts", "3") as (url, _):
+        assert ask(url, prompt="x" * 300).status_code == 413
+        assert ask(url, prompt=["a"] * 3).status_code == 200
+        assert ask(url, prompt=["a"] * 4).status_code == 422
+
+
+def test_a_chunked_body_over_the_limit_is_refused_and_the_connection_ends_well(bundles: Path) -> None:
+    with serving(bundles, "--max-body-bytes", "100000") as (url, _), httpx.Client(base_url=url) as http:
+        pieces = (b" " * 50_000 for _ in range(40))
+        response = http.post("/v1/next-token", content=pieces, headers={"content-type": "application/json"})
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == 413
+        assert http.get("/health/ready").status_code == 200
+
+
+def test_a_full_queue_is_429_with_retry_after(bundles: Path) -> None:
+    """Eight callers with four prompts each on a queue of four: some are refused, none fails otherwise."""
+    with serving(bundles, "--max-queue", "4", "--max-prompts", "4", "--max-batch-tokens", "1") as (url, _):
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: ask(url, prompt=["if x is not"] * 4, top_k=300), range(80)))
+        assert {answer.status_code for answer in answers} == {200, 429}
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["type"] == "queue_full"
+        assert ask(url).status_code == 200
+
+
+def test_sigterm_finishes_what_is_queued(bundles: Path) -> None:
+    """Requests that were taken are answered in full, later ones find nobody, and the process ends with 0."""
+    slow = ("--max-batch-tokens", "1", "--timeout-s", "300")
+    with serving(bundles, *slow) as (url, process), ThreadPoolExecutor() as pool:
+        body = {"model": "*", "prompt": ["if x is not"] * 32, "top_k": 300}
+
+        def one(_: int) -> httpx.Response:
+            return httpx.post(f"{url}/v1/next-token", json=body, timeout=300)
+
+        answers = [pool.submit(one, n) for n in range(2)]
+        while httpx.get(f"{url}/health").json()["waiting"] < 20:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGTERM)
+        for answer in answers:
+            response = answer.result(timeout=300)
+            assert response.status_code == 200
+            assert len(response.json()["results"]) == 96
+        assert process.wait(timeout=30) == 0
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{url}/health")
+
+
+def test_a_client_that_hangs_up_is_dropped_from_the_queue(bundles: Path) -> None:
+    with serving(bundles, "--max-batch-tokens", "1") as (url, _):
+        body = json.dumps({"model": "*", "prompt": ["if x is not"] * 64}).encode()
+        head = "POST /v1/next-token HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}\r\n\r\n"
+        callers = []
+        for _ in range(4):
+            caller = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+            caller.sendall(head.encode() + body)
+            callers.append(caller)
+        while (before := httpx.get(f"{url}/health").json()["waiting"]) < 100:
+            time.sleep(0.002)
+        for caller in callers:
+            caller.close()
+        soon = time.monotonic() + 0.3  # computing them would take longer
+        while (after := httpx.get(f"{url}/health").json()["waiting"]) and time.monotonic() < soon:
+            time.sleep(0.01)
+        assert after == 0, f"{before} waited, {after} wait after their clients left"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--bundles", "/nowhere"), "actuary export"),
+        (("--port", "70000"), "--port 70000"),
+        (("--port", "http"), "not a valid integer"),
+        (("--threads", "0"), "--threads 0"),
+        (("--provider", "tpu"), "'auto', 'cpu', 'cuda'"),
+        (("--host", "no.such.host.invalid"), "--host"),
+        (("--max-queue", "5"), "max_queue 5"),
+        (("--unknown",), "--unknown"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_start_that_cannot_be_ends_with_2_and_says_what_to_do(
+    arguments: tuple[str, ...], says: str
+) -> None:
+    ended = start("--port", "0", *arguments)
+    assert ended.returncode == 2, ended.stderr
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_taken_port_ends_with_2(server_url: str, bundles: Path) -> None:
+    ended = start("--bundles", str(bundles), "--port", server_url.rpartition(":")[2])
+    assert ended.returncode == 2
+    assert "--port" in ended.stderr
+
+
+def test_cuda_that_is_asked_for_and_not_there_ends_with_2(bundles: Path) -> None:
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("there is a CUDA device here")
+    ended = start("--bundles", str(bundles), "--port", "0", "--provider", "cuda")
+    assert ended.returncode == 2
+    assert "--provider cpu" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_help_needs_no_server_and_names_the_environment() -> None:
+    ended = start("--help")
+    assert ended.returncode == 0
+    for expected in ("ACTUARY_MAX_QUEUE", "ACTUARY_PORT", "--provider", "actuary serve --bundles"):
+        assert expected in ended.stdout
