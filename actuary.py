@@ -103,4 +103,5 @@ def main(argv: list[str] | None = None) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    # `python -m actuary` runs this file under another name; the rooms raise the exceptions of `actuary`.
+    importlib.import_module("actuary").main()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,6 +36,16 @@ MASS = "mass"  # float32 [B, 2]: sum over V of softmax, of sigmoid
 ENTROPY_BITS = "entropy_bits"  # float32 [B, 2]: of softmax; of sigmoid divided by its mass
 INPUTS = (INPUT_IDS, LENGTHS, TOP_K)
 OUTPUTS = (LOGITS, SOFTMAX, SIGMOID, TOP_IDS, MASS, ENTROPY_BITS)
+
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # of a bundle: a folder, and a model's name in a URL
+
+
+def checked_name(name: str) -> str:
+    """`name` itself; BadInput where it cannot name a bundle."""
+    if not re.fullmatch(NAME, name):
+        raise BadInput(f"{name!r} cannot name a bundle; allowed: 1 to 128 letters, digits, '.', '_' and '-', the first a letter or digit")
+    return name
 
 
 class _Record(BaseModel):
@@ -88,7 +99,7 @@ class Manifest(_Record):
     """What a bundle says of itself; `schema` is 1."""
 
     schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
     activation: str
     formula: str
     kind: Literal["pointwise", "learned", "gated", "hidden_axis"]

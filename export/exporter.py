@@ -20,7 +20,9 @@ import onnxruntime
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from actuary import BadInput
 from export import bundle
@@ -70,15 +72,26 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 f"checkpoint {folder} is a {settings.get('model_type')!r}; `actuary export` reads "
                 f"{ActuaryConfig.model_type!r}, as `actuary train` writes"
             )
+        transformers_logging.disable_progress_bar()  # two milliseconds of loading need no bar
         model, seen = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
         wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in seen[kind]]
         if wrong:
             raise BadInput(f"checkpoint {folder}: its weights do not fit its config.json at {wrong[0]}; train it again")
+        _check_tokenizer(folder, model.config.vocab_size)
         quality_path = folder / QUALITY
         quality = bundle.Quality.model_validate_json(quality_path.read_bytes()) if quality_path.is_file() else None
     except (SafetensorError, OSError, json.JSONDecodeError, ValidationError, RuntimeError, UnicodeDecodeError) as error:
         raise BadInput(f"checkpoint {folder} cannot be read: {error}; train it again with: actuary train") from error
     return Checkpoint(folder.name, model.eval(), (folder / bundle.TOKENIZER).read_bytes(), quality)
+
+
+def _check_tokenizer(folder: Path, vocab_size: int) -> None:
+    try:
+        found = Tokenizer.from_file(str(folder / bundle.TOKENIZER)).get_vocab_size()
+    except Exception as error:  # tokenizers raises Exception itself
+        raise BadInput(f"checkpoint {folder}: {bundle.TOKENIZER} cannot be read: {error}; train it again") from error
+    if found != vocab_size:
+        raise BadInput(f"checkpoint {folder}: {bundle.TOKENIZER} has {found} entries, the model {vocab_size}; they belong to different models")
 
 
 def random_checkpoint(name: str, config: ActuaryConfig, corpus: Corpus, seed: int = 0) -> Checkpoint:
@@ -105,7 +118,7 @@ def export_bundle(
         seed: of the gate's probes; by default a fresh one.
     """
     seed = secrets.randbelow(2**32) if seed is None else seed
-    name = name or checkpoint.name
+    name = bundle.checked_name(checkpoint.name if name is None else name)
     config: ActuaryConfig = checkpoint.model.config
     activation = activations.get(config.activation)
     weights = {key: tensor.detach().numpy() for key, tensor in checkpoint.model.state_dict().items()}

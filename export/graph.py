@@ -2,7 +2,7 @@
 
                  input_ids [B, T]      lengths [B]      top_k [1]
                         |                  |               |
-                      Gather embed         |               |
+                      Gather norm(embed)   |               |
                         |                  |               |
     L times:   x -> RMSNorm -> qkv -> QK-norm, RoPE -> softmax(q k^T + causal) v -> out -> + x
                x -> RMSNorm -> up -> ai.actuary::ACTIVATION -> down -> + x
@@ -64,7 +64,7 @@ class Graph:
         return self.weight(f"float_{value!r}", np.array(value, dtype=np.float32))
 
     def rms_norm(self, x: str, gain: str) -> str:
-        """x / sqrt(mean(x^2) + eps) * gain over the last axis, in the form that ONNX Runtime fuses."""
+        """x / sqrt(mean(x^2) + eps) * gain [C] over the last axis, in the form that ONNX Runtime fuses."""
         square = self.node("Pow", x, self.scalar(2.0))
         mean = self.node("ReduceMean", square, self.ints(-1), keepdims=1)
         root = self.node("Sqrt", self.node("Add", mean, self.scalar(NORM_EPS)))
@@ -82,7 +82,8 @@ def build(config: ActuaryConfig, activation: Activation, weights: Weights) -> on
     """The whole model; `weights` by their names in the checkpoint."""
     g = Graph()
     positions = _positions(g, config)
-    x = g.node("Gather", g.weight("embed.weight", weights["embed.weight"]), bundle.INPUT_IDS)  # [B, T, C]
+    # Norm and lookup commute: the table is normed once, here, in float64.
+    x = g.node("Gather", g.weight("embed", _normed(weights["embed.weight"])), bundle.INPUT_IDS)  # [B, T, C]
     for i in range(config.layers):
         block = {name.removeprefix(f"blocks.{i}."): array for name, array in weights.items() if name.startswith(f"blocks.{i}.")}
         x = _attention(g, config, f"blocks.{i}.", block, x, positions)
@@ -96,6 +97,12 @@ def build(config: ActuaryConfig, activation: Activation, weights: Weights) -> on
     logits = g.node("Add", product, g.weight("head.bias", weights["head_bias"]), output=bundle.LOGITS)
     _probabilities(g, logits)
     return _model(g, config, activation)
+
+
+def _normed(table: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows [V, C] over their root mean square."""
+    exact = table.astype(np.float64)
+    return (exact / np.sqrt((exact**2).mean(-1, keepdims=True) + NORM_EPS)).astype(np.float32)
 
 
 def _positions(g: Graph, config: ActuaryConfig) -> tuple[str, str, str]:

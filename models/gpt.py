@@ -1,10 +1,10 @@
 """A small GPT whose feed-forward activation comes from the registry: ids [B, T] -> logits [B, T, V].
 
-Pre-norm RMSNorm, QK-norm, RoPE, tied embeddings and a head bias that starts at the log unigram
-frequency: the recipe that learned most per second on two CPU cores. It is a transformers model like any other
-(`AutoModelForCausalLM.from_pretrained` reads a checkpoint once this module is imported).
+Pre-norm RMSNorm, normed embeddings tied to the head, QK-norm, RoPE, and a head bias that starts at the log
+unigram frequency: the recipe that learned most per second on two CPU cores (docs/log.md). It is a transformers model
+like any other (`AutoModelForCausalLM.from_pretrained` reads a checkpoint once this module is imported).
 
-    ids -> embed -> [ x + attention(norm(x)) -> x + down(activation(up(norm(x)))) ] * L -> norm -> embed^T + bias
+    ids -> norm(embed) -> [ x + attention(norm(x)) -> x + down(activation(up(norm(x)))) ] * L -> norm -> embed^T + bias
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class ActuaryGPT(PreTrainedModel, GenerationMixin):
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T] -> [B, T, C], after the last norm. `attention_mask` [B, T] is 0 where padded."""
         B, T = input_ids.shape
-        x = self.embed(input_ids)
+        x = F.rms_norm(self.embed(input_ids), (self.config.dim,), eps=NORM_EPS)
         cos, sin = (table.to(x.dtype) for table in rope_tables(T, self.config.dim // self.config.heads, x.device))
         mask = None
         if attention_mask is not None and not bool(attention_mask.all()):

@@ -32,15 +32,16 @@ def ids(*shape: int) -> torch.Tensor:
 
 
 def test_equals_transformers_qwen3_with_the_same_weights():
-    """Qwen3 is this architecture with SwiGLU: RMSNorm, QK-norm, RoPE, tied embeddings; our head adds a bias."""
+    """Qwen3 is this architecture with SwiGLU: RMSNorm, QK-norm, RoPE; we norm the embedding and the head adds a bias."""
     ours = small("swiglu")
     config = Qwen3Config(
         vocab_size=V, hidden_size=32, intermediate_size=ours.config.hidden, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=32, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=32, rms_norm_eps=1e-6, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
     theirs = Qwen3ForCausalLM(config).eval()
-    weights = {"model.embed_tokens.weight": ours.embed.weight, "lm_head.weight": ours.embed.weight, "model.norm.weight": ours.norm.weight}
+    normed = F.rms_norm(ours.embed.weight, (32,), eps=1e-6)
+    weights = {"model.embed_tokens.weight": normed, "lm_head.weight": ours.embed.weight, "model.norm.weight": ours.norm.weight}
     for i, block in enumerate(ours.blocks):
         q, k, v = block.attention.qkv.weight.chunk(3)
         gate, up = block.ffn.up.weight.chunk(2)
