@@ -1,0 +1,21 @@
+// The address bar holds what is shown: #next-token?prompt=...&models=gelu,swiglu&top_k=10. Names cannot hold a comma.
+
+const link = (view) => document.querySelector(`nav [data-view="${view}"]`);
+
+/** The view that the address names, and its fields. */
+export function read() {
+  const [view, query = ""] = location.hash.slice(1).split("?", 2);
+  return { view: link(view) ? view : "next-token", fields: new URLSearchParams(query) };
+}
+
+/** Note what `view` shows: in the navigation, which leads back to it, and in the address while it is the one shown. */
+export function write(view, fields) {
+  const hash = `#${view}?${new URLSearchParams(fields)}`;
+  link(view).setAttribute("href", hash);
+  if (read().view === view) history.replaceState(null, "", hash);
+}
+
+/** A field's comma-separated names, those of them that are in `known`. */
+export function names(fields, field, known) {
+  return (fields.get(field) ?? "").split(",").filter((name) => known.includes(name));
+}

@@ -1,0 +1,64 @@
+// One variant's answer as a panel: who answered, the table of tokens with their bars, and where the time went.
+
+import { h } from "./dom.js";
+import { milliseconds, probability, significant, visible } from "./text.js";
+
+/** One entry of `results` in the answer of POST /v1/next-token. */
+export function panel(result) {
+  const title = `answer-${result.model}`;
+  const provider = result.provider.replace("ExecutionProvider", "");
+  const facts = [result.precision, provider, `${result.prompt_tokens} tokens in`];
+  if (result.activation !== result.model) facts.unshift(result.activation);
+  return h("article", { class: "panel", "data-model": result.model, "aria-labelledby": title },
+    h("header", {},
+      h("h3", { id: title }, result.model),
+      h("p", { class: "facts" }, h("span", { class: `key ${result.head}` }, `${result.head} head`), ` · ${facts.join(" · ")}`),
+    ),
+    table(result, title),
+    timing(result.timing_ms),
+  );
+}
+
+function table({ softmax, sigmoid, top }, title) {
+  return h("table", { class: "tokens", "aria-labelledby": title },
+    h("thead", {}, h("tr", {},
+      h("th", { scope: "col", class: "rank" }, h("span", { class: "aside" }, "Rank")),
+      h("th", { scope: "col", class: "token" }, "Token"),
+      h("th", { scope: "col" }, h("span", { class: "key softmax" }, "softmax")),
+      h("th", { scope: "col" }, h("span", { class: "key sigmoid" }, "sigmoid")),
+    )),
+    h("tbody", { class: "sums" },
+      sum("Mass", "mass", significant(softmax.mass), significant(sigmoid.mass)),
+      sum("Entropy, bits", "entropy", softmax.entropy_bits.toFixed(2), sigmoid.entropy_bits.toFixed(2)),
+    ),
+    h("tbody", { class: "top" }, top.map(token)),
+  );
+}
+
+function sum(label, name, softmax, sigmoid) {
+  return h("tr", { "data-sum": name },
+    h("th", { scope: "row", colspan: 2 }, label), h("td", {}, softmax), h("td", {}, sigmoid));
+}
+
+function token(entry) {
+  const whole = `${JSON.stringify(entry.text)}, id ${entry.id}, logit ${entry.logit.toFixed(3)}`;
+  return h("tr", { "data-id": entry.id },
+    h("td", { class: "rank" }, entry.rank),
+    h("th", { scope: "row", class: "token", title: whole }, h("code", {}, visible(entry))),
+    bar("softmax", entry.softmax),
+    bar("sigmoid", entry.sigmoid),
+  );
+}
+
+// The number is what is read out; the bar, from 0 to 1 as well, says the same to the eye only.
+function bar(name, value) {
+  return h("td", { class: `bar ${name}` },
+    h("span", { class: "track", style: `--value: ${value}`, "aria-hidden": "true" }),
+    h("data", { class: "number", value }, probability(value)));
+}
+
+function timing(ms) {
+  const parts = { queue: ms.queue, inference: ms.infer, "server total": ms.total };
+  return h("dl", { class: "timing" }, Object.entries(parts).map(([name, value]) =>
+    h("div", {}, h("dt", {}, name), h("dd", {}, milliseconds(value), h("abbr", { title: "milliseconds" }, " ms")))));
+}

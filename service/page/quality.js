@@ -1,0 +1,57 @@
+// The quality view: what each variant buys, as its manifest has it, and the bundles that were refused.
+
+import * as api from "./api.js";
+import { byId, complain, h } from "./dom.js";
+
+export async function show() {
+  try {
+    const { data, refused } = await api.models();
+    byId("quality-about").textContent = about(data.filter(({ quality }) => quality));
+    byId("quality").replaceChildren(table(data), ...(refused?.length ? refusals(refused) : []));
+    complain(byId("quality-error"));
+  } catch (error) {
+    complain(byId("quality-error"), error.message);
+  }
+}
+
+function about(measured) {
+  if (!measured.length) return "These variants have random weights: there is no quality to compare.";
+  const corpora = new Set(measured.map(({ quality }) => quality.corpus_sha256));
+  return corpora.size === 1
+    ? "Held-out quality, best first; all on the same text. Lower is better in both columns."
+    : "Held-out quality. The variants saw different texts, so their bits per byte do not compare.";
+}
+
+function table(models) {
+  const bits = ({ quality }) => quality?.bits_per_byte ?? Infinity;
+  const sorted = [...models].sort((a, b) => (bits(a) === bits(b) ? 0 : bits(a) - bits(b)));
+  return h("table", { class: "quality", "aria-labelledby": "quality-title" },
+    h("thead", {}, h("tr", {},
+      h("th", { scope: "col" }, "Variant"),
+      h("th", { scope: "col", class: "number" }, "Bits per byte"),
+      h("th", { scope: "col", class: "number" }, h("abbr", { title: "expected calibration error" }, "ECE")),
+      h("th", { scope: "col", class: "number" }, "Parameters"),
+    )),
+    h("tbody", {}, sorted.map(row)),
+  );
+}
+
+function row({ id, formula, head, precision, layers, dim, context, parameters, quality }) {
+  const shape = `${layers} layers of ${dim}, context ${context}`;
+  return h("tr", { "data-model": id },
+    h("th", { scope: "row" },
+      h("span", { class: "variant" }, id),
+      h("code", {}, formula),
+      h("span", { class: "facts" }, `${head} head · ${precision} · ${shape}`)),
+    h("td", { class: "number" }, quality ? quality.bits_per_byte.toFixed(3) : "–"),
+    h("td", { class: "number" }, quality ? quality.ece.toFixed(4) : "–"),
+    h("td", { class: "number" }, parameters.toLocaleString("en")),
+  );
+}
+
+function refusals(refused) {
+  return [
+    h("h3", {}, "Refused bundles"),
+    h("dl", { class: "refused" }, refused.map(({ name, reason }) => [h("dt", {}, name), h("dd", {}, reason)])),
+  ];
+}
