@@ -31,6 +31,9 @@ from loadtest import plan
 from loadtest.samples import SERVER_TIMES, Sample, write_header, write_samples
 
 FLUSH_S = 0.5
+# The event loop sleeps whole milliseconds, rounded up. Waking one early and yielding until the time has
+# come brought the median lateness from 0.86 ms to 0.03 ms (60/s, two busy cores).
+TIMER_STEP_S = 0.001
 NO_ANSWER_PAUSE_S = 0.1  # a dead server refuses at once; without a pause a closed loop would count millions
 HEADERS = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
 
@@ -58,7 +61,8 @@ class Load:
         self.users = 0
         self.arrivals = plan.turns(self.models, self.prompts, self.seed)
         self.began = time.perf_counter()
-        self.next_arrival_s = 0.0
+        # Workers take turns rather than send together.
+        self.next_arrival_s = getattr(environment.runner, "worker_index", 0) / self.rate if self.rate else 0.0
         self.cpu_began = time.process_time()
         self.stopped_after_s: float | None = None
         self.pending: list[Sample] = []
@@ -146,6 +150,10 @@ def _options(parser: Any) -> None:
     group.add_argument("--top-k", type=int, default=10, help="How many of the likeliest tokens to ask for.")
     group.add_argument("--seed", type=int, default=0, help="Of the order of variants and prompts.")
     group.add_argument("--samples", default="", help="Write every raw sample to this CSV (not on a worker).")
+    # Locust's own --run-time takes whole seconds, and counts them from before there are users.
+    group.add_argument(
+        "--stop-after", type=_number, default=None, help="Quit so many seconds after the start."
+    )
     group.add_argument(
         "--request-timeout", type=_number, default=30.0, help="Seconds until a request failed."
     )
@@ -169,6 +177,8 @@ def _start(environment: Environment, **_: Any) -> None:
         NextTokenUser.network_timeout = NextTokenUser.connection_timeout = node.load.timeout_s
     if options.samples and not isinstance(environment.runner, WorkerRunner):
         node.open(options.samples)
+    if options.stop_after and environment.runner and not isinstance(environment.runner, WorkerRunner):
+        gevent.spawn_later(options.stop_after, environment.runner.quit)
 
 
 @events.test_stopping.add_listener
@@ -276,8 +286,8 @@ class NextTokenUser(FastHttpUser):
             self.load.users += 1
 
     def wait_time(self) -> float:
-        """Zero between requests; until the planned time before one at a constant rate."""
-        return max(0.0, self.planned_s - self.load.now_s(), self.pause_s)
+        """Zero between requests; until just before the planned time of one at a constant rate."""
+        return max(0.0, self.planned_s - TIMER_STEP_S - self.load.now_s(), self.pause_s)
 
     @task
     def next_token(self) -> None:
@@ -286,8 +296,8 @@ class NextTokenUser(FastHttpUser):
             self.planned_s = self.load.take_arrival()
             starved = int(self.load.now_s() > self.planned_s)
             self.wait()  # type: ignore[no-untyped-call]  # Locust can end a user here without losing a request
-            while (left_s := self.planned_s - self.load.now_s()) > 0:  # its timers may wake up early
-                gevent.sleep(left_s)
+            while self.load.now_s() < self.planned_s:
+                gevent.sleep(0)
         model, prompt = next(self.turns)
         at_s = self.load.now_s()
         context = {

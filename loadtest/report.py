@@ -62,7 +62,8 @@ def notes(result: dict[str, Any]) -> list[str]:
         )
     few = [row["model"] for row in result["rows"] if 0 < row["requests"] - row["failures"] < FEW]
     if few:
-        said.append(f"fewer than {FEW} answers of {', '.join(few)}: p99 rests on fewer than ten of them")
+        whom = "each variant" if len(few) == len(result["rows"]) else ", ".join(few)
+        said.append(f"fewer than {FEW} answers of {whom}: p99 rests on fewer than ten of them")
     return said
 
 

@@ -23,7 +23,7 @@ SERVER_TIMES = ("queue", "tokenize", "infer", "total")
 
 # A plan is kept when at least this share of the planned requests left, and the rest left on time.
 KEPT_SHARE = 0.99
-LATE_BOUND_MS = 10.0  # p99 of the timer's lateness was 0.6 ms on an idle two-core machine
+LATE_BOUND_MS = 10.0  # p99 of the timer's lateness was 5.8 ms on two cores shared by five busy processes
 
 
 class Sample(NamedTuple):

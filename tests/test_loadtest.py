@@ -46,7 +46,7 @@ class _StandIn(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["content-length"])))
         model = request["model"]
         self.server.seen.append((model, request["prompt"]))
-        time.sleep(max(0.0, DELAY_MS[model] / 1000 + self.server.stall_s()))
+        time.sleep(DELAY_MS[model] / 1000 + self.server.stall_s())
         if model == "broken":
             error = {"message": "no", "type": "overloaded", "param": None, "code": 503}
             self._answer(503, {"error": error})
@@ -81,11 +81,14 @@ class _Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _StandIn)
         self.models = models
         self.seen: list[tuple[str, str]] = []
+        self.stall_at: int | None = None  # the count of requests that makes the server stand still
         self.stall_until = 0.0
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def stall_s(self) -> float:
-        return self.stall_until - time.perf_counter() if self.stall_until else 0.0
+        if self.stall_at and len(self.seen) >= self.stall_at:
+            self.stall_at, self.stall_until = None, time.perf_counter() + 0.5
+        return max(0.0, self.stall_until - time.perf_counter())
 
 
 @pytest.fixture
@@ -149,21 +152,21 @@ def test_rows_samples_and_report_of_a_closed_loop(stand_in: _Server, tmp_path: P
     rows = {row["model"]: row for row in result["rows"]}
     assert list(rows) == stand_in.models
 
-    # Balanced: four users, each of which gives every variant one request per round.
+    # Balanced: each of four users gives every variant one request per round, of which two may be cut.
     counts = [row["requests"] for row in rows.values()]
     assert min(counts) > 50
-    assert max(counts) - min(counts) <= 4, counts
+    assert max(counts) - min(counts) <= 8, counts
 
-    # Finer than a millisecond: 7.3 ms must not read as 7 or 8, nor 9.7 as 10. A sleep may overrun, and
-    # four users share two cores with the server, so the floor is exact and the ceiling generous.
+    # Finer than a millisecond: 7.3 ms must not read as 7, nor 9.7 as 10. The least of some hundred
+    # latencies is close to its delay even on busy cores; the median may lie above it.
     for name in ("fast", "slow"):
         latency = rows[name]["latency_ms"]
-        assert DELAY_MS[name] < latency["min"] < latency["p50"] < DELAY_MS[name] + 4
-        assert latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["max"]
+        assert DELAY_MS[name] < latency["min"] < DELAY_MS[name] + 2
+        assert latency["min"] < latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["max"]
         assert rows[name]["server_ms"]["infer"]["p50"] == DELAY_MS[name]
         assert rows[name]["server_ms"]["queue"]["mean"] == 0.125
     gap = rows["slow"]["latency_ms"]["min"] - rows["fast"]["latency_ms"]["min"]
-    assert abs(gap - 2.4) < 0.4, gap
+    assert abs(gap - 2.4) < 0.5, gap
 
     assert rows["fast"]["failures"] == 0
     assert rows["broken"]["failure_reasons"] == {"HTTP 503 overloaded": rows["broken"]["requests"]}
@@ -199,16 +202,14 @@ def test_rows_samples_and_report_of_a_closed_loop(stand_in: _Server, tmp_path: P
 def test_constant_rate_keeps_its_plan_and_charges_a_stall_to_all_who_were_due(
     stand_in: _Server, tmp_path: Path
 ) -> None:
-    timer = threading.Timer(3.0, lambda: setattr(stand_in, "stall_until", time.perf_counter() + 0.5))
-    timer.start()
-    arguments = ("--url", stand_in.url, "--rate", "50", "--users", "2", "--duration", "3", "--warmup", "1")
+    stand_in.stall_at = 75  # half a second into the window
+    arguments = ("--url", stand_in.url, "--rate", "50", "--users", "2", "--duration", "2", "--warmup", "1")
     done = _load(*arguments, "--json", "result.json", "--no-html", "--out", "run", cwd=tmp_path)
-    timer.join()
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     fast, slow = result["rows"]
-    assert abs(fast["requests"] - slow["requests"]) <= 1
-    assert fast["requests"] + slow["requests"] == pytest.approx(150, abs=2)
+    assert abs(fast["requests"] - slow["requests"]) <= 2  # a round may be cut at either end of the window
+    assert fast["requests"] + slow["requests"] == pytest.approx(100, abs=2)
     # Two users wait through the stall of 500 ms, and some 25 requests were due in it.
     total = result["total"]
     assert total["latency_ms"]["p90"] > 100
@@ -299,7 +300,7 @@ def test_master_and_worker_bring_every_sample_to_the_master(stand_in: _Server, t
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     kept = read_samples(samples)
     assert len(kept) == len(stand_in.seen), "a sample was lost on its way to the master"
-    assert len(kept) == pytest.approx(3 * 40, abs=8)
+    assert len(kept) / max(s.at_s for s in kept) == pytest.approx(40, rel=0.1)
     assert Counter(s.model for s in kept) == Counter(model for model, _ in stand_in.seen)
     assert all(not s.failure and s.latency_ms > DELAY_MS[s.model] for s in kept)
     facts = json.loads(samples.with_suffix(".client.json").read_text())
