@@ -44,7 +44,7 @@ export async function overlay(element, chosen, field) {
     paper_bgcolor: "transparent", plot_bgcolor: "transparent",
     font: { family: css("--sans"), color: css("--ink"), size: 13 },
     xaxis: { ...axis, range: X, hoverformat: ".2f", showspikes: false, unifiedhovertitle: { text: "x = %{x}" } },
-    yaxis: { ...axis, range: window_(traces, REACH[field]) },
+    yaxis: { ...axis, range: visibleRange(traces, REACH[field]) },
     hoverlabel: { bgcolor: css("--raised"), bordercolor: css("--line"), font: { color: css("--ink"), size: 13 } },
     modebar: { bgcolor: "transparent", color: css("--muted"), activecolor: css("--ink") },
   };
@@ -84,7 +84,7 @@ export function colour(name, slot) {
 }
 
 /** The range of y over X, no further than `reach`, and a little air. */
-function window_(traces, [low, high]) {
+function visibleRange(traces, [low, high]) {
   const seen = traces.flatMap(({ x, y }) => y.filter((_, i) => x[i] >= X[0] && x[i] <= X[1]));
   const bottom = Math.max(low, Math.min(0, ...seen));
   const top = Math.min(high, Math.max(1, ...seen));

@@ -45,8 +45,8 @@ const boxes = () => [...byId("variants").querySelectorAll("input")];
 /** The controls as the address has them; by default two variants with a softmax head and one with a sigmoid head. */
 function restore(fields) {
   const named = address.names(fields, "models", variants);
-  const with_ = (head) => boxes().filter((box) => box.dataset.head === head).map((box) => box.value);
-  const chosen = named.length ? named : [...with_("softmax").slice(0, 2), ...with_("sigmoid").slice(0, 1)];
+  const ofHead = (head) => boxes().filter((box) => box.dataset.head === head).map((box) => box.value);
+  const chosen = named.length ? named : [...ofHead("softmax").slice(0, 2), ...ofHead("sigmoid").slice(0, 1)];
   for (const box of boxes()) box.checked = chosen.includes(box.value);
   byId("prompt").value = fields.get("prompt") ?? PROMPT;
   byId("top-k").value = fields.get("top_k") ?? TOP_K;

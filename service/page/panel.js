@@ -1,4 +1,4 @@
-// One variant's answer as a panel: who answered, the table of tokens with their bars, and where the time went.
+// One variant's answer as a panel: who answered, the table of tokens with their bars, and where the server's time went.
 
 import { h } from "./dom.js";
 import { milliseconds, probability, significant, visible } from "./text.js";
@@ -58,7 +58,7 @@ function bar(name, value) {
 }
 
 function timing(ms) {
-  const parts = { queue: ms.queue, inference: ms.infer, "server total": ms.total };
+  const parts = { queue: ms.queue, inference: ms.infer, total: ms.total };
   return h("dl", { class: "timing" }, Object.entries(parts).map(([name, value]) =>
     h("div", {}, h("dt", {}, name), h("dd", {}, milliseconds(value), h("abbr", { title: "milliseconds" }, " ms")))));
 }

@@ -30,22 +30,23 @@ function table(models) {
       h("th", { scope: "col" }, "Variant"),
       h("th", { scope: "col", class: "number" }, "Bits per byte"),
       h("th", { scope: "col", class: "number" }, h("abbr", { title: "expected calibration error" }, "ECE")),
-      h("th", { scope: "col", class: "number" }, "Parameters"),
     )),
     h("tbody", {}, sorted.map(row)),
   );
 }
 
 function row({ id, formula, head, precision, layers, dim, context, parameters, quality }) {
-  const shape = `${layers} layers of ${dim}, context ${context}`;
+  const facts = [
+    `${head} head`, precision, `${parameters.toLocaleString("en")} parameters`,
+    `${layers} layers of ${dim}`, `context ${context}`,
+  ];
   return h("tr", { "data-model": id },
     h("th", { scope: "row" },
       h("span", { class: "variant" }, id),
       h("code", {}, formula),
-      h("span", { class: "facts" }, `${head} head · ${precision} · ${shape}`)),
+      h("span", { class: "facts" }, facts.join(" · "))),
     h("td", { class: "number" }, quality ? quality.bits_per_byte.toFixed(3) : "–"),
     h("td", { class: "number" }, quality ? quality.ece.toFixed(4) : "–"),
-    h("td", { class: "number" }, parameters.toLocaleString("en")),
   );
 }
 
