@@ -84,9 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError) and error.status_code in (404, 405):
-        error.detail = (
-            f"{request.method} {errors.shown(request.url.path)} is not offered; /docs lists what is"
-        )
+        error.detail = f"{request.method} {errors.shown(request.url.path)} is not offered; /docs lists what is"
     return errors.answer(error)
 
 

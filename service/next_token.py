@@ -92,7 +92,7 @@ def _check_size(asked: NextTokenRequest, variants: Sequence[Variant], settings: 
                 "top_k",
             )
     entries = results * (asked.top_k + len(asked.tokens))
-    if entries > settings.max_entries:
+    if results > 1 and entries > settings.max_entries:
         raise Invalid(
             f"{results} results of {asked.top_k} top and {len(asked.tokens)} chosen tokens list {entries}; "
             f"one answer may list {settings.max_entries}: lower top_k or send several requests",
@@ -107,9 +107,7 @@ def _encode(asked: NextTokenRequest, variants: Sequence[Variant]) -> tuple[list[
     Variants with the same tokenizer share its ids.
     """
     start = perf_counter()
-    chosen = [
-        [_chosen_id(token, at, variant) for at, token in enumerate(asked.tokens)] for variant in variants
-    ]
+    chosen = [[_chosen_id(token, at, variant) for at, token in enumerate(asked.tokens)] for variant in variants]
     items = []
     for index, prompt in enumerate(asked.prompt):
         where = f"prompt[{index}]" if len(asked.prompt) > 1 else "prompt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
@@ -54,7 +55,7 @@ def _models(value: Any) -> list[str]:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise PydanticCustomError("model", 'must be a name, a list of names, or "*" for all')
-    twice = next((name for name in names if names.count(name) > 1), None) if len(names) < 1000 else names[0]
+    twice = next((name for name, times in Counter(names).items() if times > 1), None)
     if twice is not None:
         raise PydanticCustomError("model", "names {name} twice; name each once", {"name": shown(twice)})
     return names
@@ -107,8 +108,8 @@ class NextTokenRequest(_Request):
         PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ] = Field(description="One prompt or several, as text or as token ids.")
     top_k: int = Field(10, ge=0, description="How many of the likeliest tokens, up to all.")
-    tokens: Annotated[list[str | int], PlainValidator(_tokens, json_schema_input_type=list[str | int])] = (
-        Field(default=[], description="Tokens to report besides: an id, or a text that is exactly one token.")
+    tokens: Annotated[list[str | int], PlainValidator(_tokens, json_schema_input_type=list[str | int])] = Field(
+        default=[], description="Tokens to report besides: an id, or a text that is exactly one token."
     )
 
 

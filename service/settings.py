@@ -35,7 +35,9 @@ class Settings(BaseModel):
     max_queue: int = Field(1024, ge=1, description="Prompts that may wait; one more is answered 429.")
     max_prompts: int = Field(256, ge=1, description="Prompts times variants of one request.")
     max_batch_tokens: int = Field(2048, ge=1, description="Padded tokens that are computed together.")
-    max_entries: int = Field(262_144, ge=1, description="Tokens listed in one answer, top and chosen.")
+    max_entries: int = Field(
+        65_536, ge=1, description="Tokens listed in an answer of several results; one result may list all."
+    )
     max_body_bytes: int = Field(1 << 20, ge=1, description="Largest request body.")
     timeout_s: float = Field(30.0, gt=0, le=3600, description="Longest wait of a request, then 408.")
     access_log: bool = Field(False, description="Log each request on standard error.")

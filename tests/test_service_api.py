@@ -168,9 +168,7 @@ def test_a_batch_equals_its_singles(client: TestClient, facts: dict[str, dict]) 
 
 def test_the_tolerance_can_fail(client: TestClient, facts: dict[str, dict]) -> None:
     vocab_size = facts["gelu"]["vocab_size"]
-    one, other = ask(client, model="gelu", prompt=["if x is not", "if x is not "], top_k=vocab_size)[
-        "results"
-    ]
+    one, other = ask(client, model="gelu", prompt=["if x is not", "if x is not "], top_k=vocab_size)["results"]
     assert differs(one, other, facts["gelu"]["parity"]["bound"])
 
 
@@ -219,9 +217,7 @@ def test_models_and_activations(client: TestClient, facts: dict[str, dict]) -> N
     for name, model in facts.items():
         assert model["object"] == "model"
         assert model["root"] == name
-        assert {"activation", "head", "precision", "provider", "context", "vocab_size", "parameters"} <= set(
-            model
-        )
+        assert {"activation", "head", "precision", "provider", "context", "vocab_size", "parameters"} <= set(model)
         assert client.get(f"/v1/models/{name}").json() == model
     body = client.get("/v1/activations").json()
     listed = {record["name"]: record for record in body["data"]}

@@ -26,9 +26,7 @@ MAX_RESIDENT_BYTES = 400 * 2**20
 
 
 def ask(url: str, **body: object) -> httpx.Response:
-    return httpx.post(
-        f"{url}/v1/next-token", json={"model": "gelu", "prompt": "if x is not", **body}, timeout=30
-    )
+    return httpx.post(f"{url}/v1/next-token", json={"model": "gelu", "prompt": "if x is not", **body}, timeout=30)
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -89,12 +87,8 @@ def test_its_source_imports_only_what_it_may() -> None:
                 continue
             for name in names:
                 root = name.partition(".")[0]
-                assert root not in {"torch", "transformers", "onnx", "models", "loadtest", "studies"}, (
-                    f"{file}: {name}"
-                )
-                assert root != "export" or name == "export" or name.startswith("export.bundle"), (
-                    f"{file}: {name}"
-                )
+                assert root not in {"torch", "transformers", "onnx", "models", "loadtest", "studies"}, f"{file}: {name}"
+                assert root != "export" or name == "export" or name.startswith("export.bundle"), f"{file}: {name}"
 
 
 def test_it_says_what_serves_what_is_refused_and_where(bundles: Path, tmp_path: Path) -> None:
@@ -109,9 +103,7 @@ def test_it_says_what_serves_what_is_refused_and_where(bundles: Path, tmp_path: 
             said += line
             if "http://" in line:
                 break
-        assert httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 200, (
-            "it serves once it says so"
-        )
+        assert httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 200, "it serves once it says so"
         process.send_signal(signal.SIGINT)
     assert process.returncode == 0
     assert f"serving 2 variants on http://localhost:{port}/" in said
@@ -205,9 +197,7 @@ def test_a_client_that_hangs_up_is_dropped_from_the_queue(bundles: Path) -> None
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_a_start_that_cannot_be_ends_with_2_and_says_what_to_do(
-    arguments: tuple[str, ...], says: str
-) -> None:
+def test_a_start_that_cannot_be_ends_with_2_and_says_what_to_do(arguments: tuple[str, ...], says: str) -> None:
     ended = start("--port", "0", *arguments)
     assert ended.returncode == 2, ended.stderr
     assert says in ended.stderr
