@@ -74,9 +74,8 @@ def answer(error: HTTPException) -> Response:
         kind, param = _KIND.get(error.status_code, "internal"), None
         message = error.detail if error.__cause__ is None else f"the body cannot be read: {error.__cause__}"
     body = {"message": message, "type": kind, "param": param, "code": error.status_code}
-    text = json.dumps({"error": body}, ensure_ascii=False)
     return Response(
-        text.encode("utf-8", "backslashreplace"),
+        json.dumps({"error": body}, ensure_ascii=False).encode(),
         status_code=error.status_code,
         headers=error.headers,
         media_type="application/json",

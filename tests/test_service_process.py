@@ -215,6 +215,7 @@ def test_cuda_that_is_asked_for_and_not_there_ends_with_2(bundles: Path) -> None
         pytest.skip("there is a CUDA device here")
     ended = start("--bundles", str(bundles), "--port", "0", "--provider", "cuda")
     assert ended.returncode == 2
+    assert ended.stderr.startswith("actuary: --provider cuda: CUDA does not run here")
     assert "--provider cpu" in ended.stderr
     assert "Traceback" not in ended.stderr
 
