@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from actuary import BadInput
 
-SCHEMA = 1
 OPSET = 20  # the newest at which every operator that we emit still has its CUDA kernel registered
 DOMAIN = "ai.actuary"  # of our own operators
 
@@ -44,7 +43,10 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # of a bundle: a folder, and a model
 def checked_name(name: str) -> str:
     """`name` itself; BadInput where it cannot name a bundle."""
     if not re.fullmatch(NAME, name):
-        raise BadInput(f"{name!r} cannot name a bundle; allowed: 1 to 128 letters, digits, '.', '_' and '-', the first a letter or digit")
+        raise BadInput(
+            f"{name!r} cannot name a bundle; allowed: 1 to 128 letters, digits, '.', '_' and '-', "
+            "the first a letter or digit"
+        )
     return name
 
 
@@ -98,7 +100,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Manifest(_Record):
     """What a bundle says of itself; `schema` is 1."""
 
-    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[1] = Field(default=1, alias="schema")
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
     activation: str
     formula: str
@@ -158,7 +160,7 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise BadInput(f"{folder} is not a bundle: {MANIFEST} cannot be read ({error.strerror})") from error
     except ValidationError as error:
-        raise BadInput(f"{path} does not fit schema {SCHEMA}: {_describe(error)}; export it again") from error
+        raise BadInput(f"{path} does not fit schema 1: {_describe(error)}; export it again") from error
 
 
 def read_bundle(folder: Path) -> Manifest:

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from export.bundle import CATALOGUE, ActivationInfo, Catalogue, Curve
-from models.files import write_atomically
 from export.ops.formula import formula
 from export.ops.trace import trace
 from models.activations import Activation, registry
+from models.files import write_atomically
 
 # 6 each side shows every bend, relu6's included; steps of 0.05 draw smoothly and land on 0, where steps jump.
 REACH, PER_UNIT = 6, 20

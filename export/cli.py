@@ -17,29 +17,53 @@ errors = Console(stderr=True)
 
 @click.command()
 @click.argument("checkpoints", nargs=-1, type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("artifacts/bundles"), show_default=True, help="Folder for the bundles.")
-@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of weights and arithmetic.")
-@click.option("--flavor", type=click.Choice(["portable"]), default="portable", show_default=True, help="Standard operators only, beside the activation's own node.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("artifacts/bundles"),
+    show_default=True,
+    help="Folder for the bundles.",
+)
+@click.option(
+    "--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of weights and arithmetic."
+)
+@click.option(
+    "--flavor",
+    type=click.Choice(["portable"]),
+    default="portable",
+    show_default=True,
+    help="Standard operators only, beside the activation's own node.",
+)
 @click.option("--name", help="The bundle's name, where one checkpoint is exported.  [default: the checkpoint's]")
-@click.option("--random", "random_weights", is_flag=True, help="No checkpoint: random weights of the shape that follows.")
+@click.option(
+    "--random", "random_weights", is_flag=True, help="No checkpoint: random weights of the shape that follows."
+)
 @click.option("--activation", help="With --random.")
-@click.option("--head", type=click.Choice(["softmax", "sigmoid"]), default="softmax", show_default=True, help="With --random.")
+@click.option(
+    "--head", type=click.Choice(["softmax", "sigmoid"]), default="softmax", show_default=True, help="With --random."
+)
 @click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="With --random.")
 @click.option("--dim", type=click.IntRange(2), default=128, show_default=True, help="With --random.")
 @click.option("--heads", type=click.IntRange(1), default=2, show_default=True, help="With --random.")
 @click.option("--context", type=click.IntRange(1), default=128, show_default=True, help="With --random.")
 @click.option("--vocab", type=click.IntRange(257), default=2048, show_default=True, help="With --random.")
-@click.option("--gated-width", type=click.Choice(["matched", "full"]), default="matched", show_default=True, help="With --random: hidden width of gated forms.")
+@click.option(
+    "--gated-width",
+    type=click.Choice(["matched", "full"]),
+    default="matched",
+    show_default=True,
+    help="With --random: hidden width of gated forms.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The manifests as one JSON document on standard output.")
 @click.pass_context
 def export(
-    ctx: click.Context, checkpoints: tuple[Path, ...], out: Path, precision: str, flavor: str, name: str | None,
+    ctx: click.Context, /, checkpoints: tuple[Path, ...], out: Path, precision: str, flavor: str, name: str | None,
     random_weights: bool, activation: str | None, as_json: bool, **shape: Any,
 ) -> None:  # fmt: skip
     """Turn checkpoints into ONNX bundles that run in any onnxruntime.
 
-    CHECKPOINTS are folders that `actuary train` wrote, or folders of them. Each passes the parity gate against torch or is not
-    written; a bundle that stood there stays until the new one is whole.
+    CHECKPOINTS are folders that `actuary train` wrote, or folders of them. Each passes the parity gate against
+    torch or is not written; a bundle that stood there stays until the new one is whole.
 
     \b
     Examples:
@@ -48,10 +72,14 @@ def export(
       actuary export --random --activation swiglu --layers 12 --dim 768 --heads 12 --context 1024 --vocab 50257
     """
     if bool(checkpoints) == random_weights:
-        raise BadInput("name the checkpoints to export, or give --random with a shape, not both; see actuary export --help")
+        raise BadInput(
+            "name the checkpoints to export, or give --random with a shape, not both; see actuary export --help"
+        )
     if random_weights and not activation:
         raise BadInput("--random needs --activation; known ones: actuary list")
-    given = [key for key in ("activation", *shape) if ctx.get_parameter_source(key) is click.core.ParameterSource.COMMANDLINE]
+    given = [
+        key for key in ("activation", *shape) if ctx.get_parameter_source(key) is click.core.ParameterSource.COMMANDLINE
+    ]
     if checkpoints and given:
         raise BadInput(f"--{given[0].replace('_', '-')} goes with --random; a checkpoint brings its own")
     with errors.status("loading torch"):
@@ -74,8 +102,8 @@ def export(
             folder, manifest = exporter.export_bundle(source, out, name)
         manifests.append(manifest)
         errors.print(
-            f"{folder}: {manifest.parameters:,} parameters, logits within {manifest.parity.max_rel:.1e} of torch in float64 "
-            f"(allowed {manifest.parity.bound:.1e})",
+            f"{folder}: {manifest.parameters:,} parameters, logits within {manifest.parity.max_rel:.1e} "
+            f"of torch in float64 (allowed {manifest.parity.bound:.1e})",
             highlight=False,
         )
     if as_json:
@@ -100,19 +128,28 @@ def inspect(folder: Path, as_json: bool) -> None:
     table = Table(box=None, show_header=False)
     table.add_column(style="bold")
     table.add_column()
-    quality = f"{manifest.quality.bits_per_byte:.3f} bits per byte held out, ECE {manifest.quality.ece:.3f}" if manifest.quality else "random weights"
+    quality = (
+        f"{manifest.quality.bits_per_byte:.3f} bits per byte held out, ECE {manifest.quality.ece:.3f}"
+        if manifest.quality
+        else "random weights"
+    )
     rows = {
         "name": manifest.name,
         "activation": f"{manifest.activation}: {manifest.formula} ({manifest.kind})",
         "paper": manifest.activation_info.paper,
         "head": manifest.head,
-        "shape": f"{manifest.layers} layers, dim {manifest.dim}, {manifest.heads} heads, hidden {manifest.hidden}, context {manifest.context}, vocabulary {manifest.vocab_size}",
+        "shape": f"{manifest.layers} layers, dim {manifest.dim}, {manifest.heads} heads, hidden {manifest.hidden}, "
+        f"context {manifest.context}, vocabulary {manifest.vocab_size}",
         "parameters": f"{manifest.parameters:,}",
         "precision": f"{manifest.precision}, {manifest.flavor}, opset {manifest.opset}",
         "quality": quality,
-        "parity": f"relative error {manifest.parity.max_rel:.1e} of {manifest.parity.bound:.1e} allowed; the activation alone {manifest.parity.activation:.2f} of its bound",
+        "parity": f"relative error {manifest.parity.max_rel:.1e} of {manifest.parity.bound:.1e} allowed; "
+        f"the activation alone {manifest.parity.activation:.2f} of its bound",
         "created": f"{manifest.created.isoformat()} with {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}",
-        **{name: f"sha256 {digest[:16]}..., {(folder / name).stat().st_size:,} bytes" for name, digest in manifest.files.items()},
+        **{
+            name: f"sha256 {digest[:16]}..., {(folder / name).stat().st_size:,} bytes"
+            for name, digest in manifest.files.items()
+        },
     }
     for key, value in rows.items():
         table.add_row(key, value)
@@ -139,7 +176,12 @@ def explain(activation: str, as_json: bool) -> None:
     info, expression = describe(record), trace(record)
     function = onnx.printer.to_text(onnx_function(record.name, expression))
     if as_json:
-        click.echo(json.dumps({**info.model_dump(exclude={"curve"}), "elementwise": expression.elementwise, "onnx": function}, indent=2))
+        click.echo(
+            json.dumps(
+                {**info.model_dump(exclude={"curve"}), "elementwise": expression.elementwise, "onnx": function},
+                indent=2,
+            )
+        )
         return
     console = Console(highlight=False)
     console.print(f"[bold]{info.name}[/]  {info.formula}", soft_wrap=True)

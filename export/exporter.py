@@ -27,11 +27,11 @@ from transformers.utils import logging as transformers_logging
 from actuary import BadInput
 from export import bundle
 from export.catalogue import describe, write_catalogue
-from models.files import new_folder
 from export.graph import build
 from export.parity import check
 from models import activations
 from models.corpus import Corpus, padded_tokenizer
+from models.files import new_folder
 from models.gpt import ActuaryConfig, ActuaryGPT
 
 QUALITY = "quality.json"  # what training measured, beside the weights
@@ -55,7 +55,10 @@ def find_checkpoints(paths: list[Path]) -> list[Path]:
     for path in paths:
         inside = [path] if (path / "config.json").is_file() else sorted(p.parent for p in path.glob("*/config.json"))
         if not inside:
-            raise BadInput(f"{path} is neither a checkpoint (it holds no config.json) nor a folder of checkpoints; train one with: actuary train")
+            raise BadInput(
+                f"{path} is neither a checkpoint (it holds no config.json) nor a folder of checkpoints; "
+                "train one with: actuary train"
+            )
         found += [p for p in inside if p not in found]
     return found
 
@@ -91,7 +94,10 @@ def _check_tokenizer(folder: Path, vocab_size: int) -> None:
     except Exception as error:  # tokenizers raises Exception itself
         raise BadInput(f"checkpoint {folder}: {bundle.TOKENIZER} cannot be read: {error}; train it again") from error
     if found != vocab_size:
-        raise BadInput(f"checkpoint {folder}: {bundle.TOKENIZER} has {found} entries, the model {vocab_size}; they belong to different models")
+        raise BadInput(
+            f"checkpoint {folder}: {bundle.TOKENIZER} has {found} entries, the model {vocab_size}; "
+            "they belong to different models"
+        )
 
 
 def random_checkpoint(name: str, config: ActuaryConfig, corpus: Corpus, seed: int = 0) -> Checkpoint:
@@ -111,7 +117,7 @@ def export_bundle(
     name: str | None = None,
     seed: int | None = None,
 ) -> tuple[Path, bundle.Manifest]:
-    """Writes the bundle OUT/NAME; GateFailed where it does not compute what torch computes, and then nothing is written.
+    """Writes the bundle OUT/NAME; where it does not compute what torch computes, GateFailed, and nothing is written.
 
     Args:
         name: of the bundle; by default the checkpoint's.
@@ -124,7 +130,10 @@ def export_bundle(
     weights = {key: tensor.detach().numpy() for key, tensor in checkpoint.model.state_dict().items()}
     not_finite = [key for key, array in weights.items() if not np.isfinite(array).all()]
     if not_finite:
-        raise BadInput(f"checkpoint {checkpoint.name!r}: {not_finite[0]} holds NaN or infinity: its training diverged; train it again")
+        raise BadInput(
+            f"checkpoint {checkpoint.name!r}: {not_finite[0]} holds NaN or infinity: its training diverged; "
+            "train it again"
+        )
     info = describe(activation)
     with new_folder(out / name) as folder:
         _save_model(build(config, activation, weights), folder / bundle.MODEL)
@@ -162,7 +171,9 @@ def _manifest(**fields: Any) -> bundle.Manifest:
     try:
         return bundle.Manifest(**fields)
     except ValidationError as error:
-        raise BadInput(f"this bundle cannot be described: {error.errors()[0]['msg']} ({error.errors()[0]['loc'][0]})") from error
+        raise BadInput(
+            f"this bundle cannot be described: {error.errors()[0]['msg']} ({error.errors()[0]['loc'][0]})"
+        ) from error
 
 
 def _save_model(model: onnx.ModelProto, path: Path) -> None:

@@ -44,12 +44,18 @@ class Graph:
         self.value_info: list[onnx.ValueInfoProto] = []
 
     def node(self, operator: str, *inputs: str, output: str = "", domain: str = "", **attributes: Any) -> str:
-        return self.split(operator, *inputs, outputs=[output or f"{operator}_{len(self.nodes)}"], domain=domain, **attributes)[0]
+        return self.split(
+            operator, *inputs, outputs=[output or f"{operator}_{len(self.nodes)}"], domain=domain, **attributes
+        )[0]
 
-    def split(self, operator: str, *inputs: str, outputs: Sequence[str], domain: str = "", **attributes: Any) -> list[str]:
+    def split(
+        self, operator: str, *inputs: str, outputs: Sequence[str], domain: str = "", **attributes: Any
+    ) -> list[str]:
         """A node of several outputs."""
         name = f"{operator}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, list(inputs), list(outputs), name=name, domain=domain, **attributes))
+        self.nodes.append(
+            helper.make_node(operator, list(inputs), list(outputs), name=name, domain=domain, **attributes)
+        )
         return list(outputs)
 
     def weight(self, name: str, array: NDArray[Any]) -> str:
@@ -85,12 +91,18 @@ def build(config: ActuaryConfig, activation: Activation, weights: Weights) -> on
     # Norm and lookup commute: the table is normed once, here, in float64.
     x = g.node("Gather", g.weight("embed", _normed(weights["embed.weight"])), bundle.INPUT_IDS)  # [B, T, C]
     for i in range(config.layers):
-        block = {name.removeprefix(f"blocks.{i}."): array for name, array in weights.items() if name.startswith(f"blocks.{i}.")}
+        block = {
+            name.removeprefix(f"blocks.{i}."): array
+            for name, array in weights.items()
+            if name.startswith(f"blocks.{i}.")
+        }
         x = _attention(g, config, f"blocks.{i}.", block, x, positions)
         if i == config.layers - 1:
             last = g.node("Unsqueeze", g.node("Sub", bundle.LENGTHS, g.ints(1)), g.ints(1))  # [B, 1]
             x = g.node("GatherND", x, last, batch_dims=1)  # [B, C]
-        x = _feed_forward(g, config, activation, f"blocks.{i}.", block, x, rows="batch" if i == config.layers - 1 else None)
+        x = _feed_forward(
+            g, config, activation, f"blocks.{i}.", block, x, rows="batch" if i == config.layers - 1 else None
+        )
     x = g.rms_norm(x, g.weight("norm.weight", weights["norm.weight"]))
     # The head has its own, transposed copy of the embedding, so that it can be quantised on its own.
     product = g.linear(x, "head.weight", weights["embed.weight"])
@@ -102,14 +114,17 @@ def build(config: ActuaryConfig, activation: Activation, weights: Weights) -> on
 def _normed(table: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows [V, C] over their root mean square."""
     exact = table.astype(np.float64)
-    return (exact / np.sqrt((exact**2).mean(-1, keepdims=True) + NORM_EPS)).astype(np.float32)
+    return np.asarray(exact / np.sqrt((exact**2).mean(-1, keepdims=True) + NORM_EPS), dtype=np.float32)
 
 
 def _positions(g: Graph, config: ActuaryConfig) -> tuple[str, str, str]:
     """RoPE's cos and sin [T, head_dim / 2] and the causal bias [T, T], shared by all blocks."""
     T = g.node("Shape", bundle.INPUT_IDS, start=1, end=2)  # [1]
     cos, sin = (table.float().numpy() for table in rope_tables(config.context, config.dim // config.heads))
-    tables = [g.node("Slice", g.weight(name, table), g.ints(0), T, g.ints(0)) for name, table in (("rope.cos", cos), ("rope.sin", sin))]
+    tables = [
+        g.node("Slice", g.weight(name, table), g.ints(0), T, g.ints(0))
+        for name, table in (("rope.cos", cos), ("rope.sin", sin))
+    ]
     zero, one = (g.weight(f"int_{value}", np.array(value, dtype=np.int64)) for value in (0, 1))
     order = g.node("Range", zero, g.node("Squeeze", T), one)
     later = g.node("Greater", g.node("Unsqueeze", order, g.ints(0)), g.node("Unsqueeze", order, g.ints(1)))
@@ -120,7 +135,11 @@ def _attention(g: Graph, config: ActuaryConfig, at: str, w: Weights, x: str, pos
     """x + out(attention(norm(x))): [B, T, C] -> [B, T, C]."""
     cos, sin, bias = positions
     heads, head_dim = config.heads, config.dim // config.heads
-    qkv = g.linear(g.rms_norm(x, g.weight(at + "attention_norm", w["attention_norm.weight"])), at + "qkv", w["attention.qkv.weight"])
+    qkv = g.linear(
+        g.rms_norm(x, g.weight(at + "attention_norm", w["attention_norm.weight"])),
+        at + "qkv",
+        w["attention.qkv.weight"],
+    )
     q, k, v = g.split("Split", qkv, outputs=[at + "q", at + "k", at + "v"], axis=-1, num_outputs=3)
 
     def by_head(y: str, *order: int) -> str:
@@ -171,7 +190,9 @@ def _probabilities(g: Graph, logits: str) -> None:
 
     def entropy_bits(log_probability: str) -> str:
         """-sum p log2 p; p = 0 counts nothing, since log p stays finite."""
-        nats = g.node("ReduceSum", g.node("Mul", g.node("Exp", log_probability), log_probability), g.ints(-1), keepdims=1)
+        nats = g.node(
+            "ReduceSum", g.node("Mul", g.node("Exp", log_probability), log_probability), g.ints(-1), keepdims=1
+        )
         return g.node("Mul", nats, g.scalar(-1 / math.log(2)))
 
     masses = [g.node("ReduceSum", p, g.ints(-1), keepdims=1) for p in (bundle.SOFTMAX, bundle.SIGMOID)]
@@ -191,7 +212,9 @@ def _model(g: Graph, config: ActuaryConfig, activation: Activation) -> onnx.Mode
     rows = [(bundle.LOGITS, V), (bundle.SOFTMAX, V), (bundle.SIGMOID, V), (bundle.MASS, 2), (bundle.ENTROPY_BITS, 2)]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width]) for name, width in rows]
     outputs.append(helper.make_tensor_value_info(bundle.TOP_IDS, ids, ["batch", "top"]))
-    graph = helper.make_graph(g.nodes, config.name, inputs, outputs, list(g.initializers.values()), value_info=g.value_info)
+    graph = helper.make_graph(
+        g.nodes, config.name, inputs, outputs, list(g.initializers.values()), value_info=g.value_info
+    )
     return helper.make_model(
         graph,
         functions=[onnx_function(activation.name, trace(activation))],

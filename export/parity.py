@@ -34,6 +34,7 @@ from export import bundle
 from export.ops.error_bound import UNIT, value_and_bound
 from export.ops.onnx_function import onnx_function
 from export.ops.trace import trace
+from models import activations
 from models.activations import Activation
 from models.gpt import ActuaryConfig, ActuaryGPT
 
@@ -71,12 +72,18 @@ def check_activation(activation: Activation, function: onnx.FunctionProto, rng: 
     tensors = ("gate", "up") if activation.gated else ("x",)
     n = 1024
     columns = [
-        rng.permutation(np.concatenate([np.tile(_EXTREMES, 4), rng.normal(size=n), 10 * rng.normal(size=n), 1e3 * rng.normal(size=n)]))
+        rng.permutation(
+            np.concatenate(
+                [np.tile(_EXTREMES, 4), rng.normal(size=n), 10 * rng.normal(size=n), 1e3 * rng.normal(size=n)]
+            )
+        )
         .astype(np.float32)
         .reshape(-1, 8)
         for _ in tensors
     ]
-    learned = {name: np.array([start + rng.normal() / 2], dtype=np.float32) for name, start in activation.learned.items()}
+    learned = {
+        name: np.array([start + rng.normal() / 2], dtype=np.float32) for name, start in activation.learned.items()
+    }
     packed = np.concatenate(columns, axis=-1)
     floats = TensorProto.FLOAT
     graph = helper.make_graph(
@@ -135,11 +142,14 @@ def check_model(config: ActuaryConfig, reference: ActuaryGPT, run: Run, seed: in
     fair = (np.abs(single - exact) / scale).max(axis=-1) <= bound
     if fair.sum() < PROBES / 2:
         raise GateFailed(
-            f"torch's own float32 misses its float64 by more than {bound:.2g} on {PROBES - fair.sum()} of {PROBES} probes: "
+            f"torch's own float32 misses its float64 by more than {bound:.2g} on {PROBES - fair.sum()} of {PROBES} "
+            f"probes: "
             f"{config.name!r} at these weights is not determined in float32"
         )
     alone = np.concatenate([run([bundle.LOGITS], _feed([prompt]))[0] for prompt in prompts])
-    outputs = dict(zip(bundle.OUTPUTS, run(list(bundle.OUTPUTS), _feed(prompts, top_k=min(5, config.vocab_size))), strict=True))
+    outputs = dict(
+        zip(bundle.OUTPUTS, run(list(bundle.OUTPUTS), _feed(prompts, top_k=min(5, config.vocab_size))), strict=True)
+    )
     errors = [np.abs(got - exact)[fair] for got in (alone, outputs[bundle.LOGITS])]
     worst = max(errors, key=lambda error: float((error / scale[fair]).max()))
     max_rel = float((worst / scale[fair]).max())
@@ -147,9 +157,10 @@ def check_model(config: ActuaryConfig, reference: ActuaryGPT, run: Run, seed: in
         row, token = np.unravel_index(int((worst / scale[fair]).argmax()), worst.shape)
         probe = int(np.flatnonzero(fair)[row])
         raise GateFailed(
-            f"{config.name!r} misses parity: logit of token {token} after a prompt of {len(prompts[probe])} tokens (seed {seed}, "
-            f"probe {probe}): torch in float64 {exact[probe, token]:.7g}, ONNX Runtime alone {alone[probe, token]:.7g}, in a "
-            f"batch {outputs[bundle.LOGITS][probe, token]:.7g}; relative error {max_rel:.2g}, allowed {bound:.2g}"
+            f"{config.name!r} misses parity: logit of token {token} after a prompt of {len(prompts[probe])} tokens "
+            f"(seed {seed}, probe {probe}): torch in float64 {exact[probe, token]:.7g}, "
+            f"ONNX Runtime alone {alone[probe, token]:.7g}, in a batch {outputs[bundle.LOGITS][probe, token]:.7g}; "
+            f"relative error {max_rel:.2g}, allowed {bound:.2g}"
         )
     _check_probabilities(outputs)
     return float(max(error.max() for error in errors)), max_rel, int(PROBES - fair.sum())
@@ -177,12 +188,18 @@ def _check_probabilities(outputs: dict[str, NDArray[Any]]) -> None:
         bundle.SOFTMAX: softmax,
         bundle.SIGMOID: log_sigmoid.exp(),
         bundle.MASS: torch.stack([softmax.sum(-1), log_sigmoid.exp().sum(-1)], -1),
-        bundle.ENTROPY_BITS: torch.stack([-torch.special.xlogy(p, p).sum(-1) for p in (softmax, shares)], -1) / math.log(2),
+        bundle.ENTROPY_BITS: torch.stack([-torch.special.xlogy(p, p).sum(-1) for p in (softmax, shares)], -1)
+        / math.log(2),
     }
     V = logits.shape[-1]
     for name, value in expected.items():
         # log p = l - logsumexp(l) rounds at the size of its terms; a sum over V adds sqrt(V) roundings.
-        tolerance = 8 * UNIT * (1 + float(logits.abs().max())) * (1 if name in (bundle.SOFTMAX, bundle.SIGMOID) else math.sqrt(V))
+        tolerance = (
+            8
+            * UNIT
+            * (1 + float(logits.abs().max()))
+            * (1 if name in (bundle.SOFTMAX, bundle.SIGMOID) else math.sqrt(V))
+        )
         got = torch.from_numpy(outputs[name]).double()
         error = float(((got - value).abs() / value.abs().clamp(min=1)).max())
         if not error <= tolerance:
@@ -194,9 +211,14 @@ def _check_probabilities(outputs: dict[str, NDArray[Any]]) -> None:
 
 def check(config: ActuaryConfig, reference: ActuaryGPT, model_path: str, seed: int) -> bundle.Parity:
     """Both comparisons on the file as written; GateFailed where one misses."""
-    activation = reference.blocks[0].ffn.activation
+    activation = activations.get(config.activation)
     worst = check_activation(activation, onnx_function(activation.name, trace(activation)), np.random.default_rng(seed))
     max_abs, max_rel, left_out = check_model(config, reference, open_session(model_path).run, seed)
     return bundle.Parity(
-        max_abs=max_abs, max_rel=max_rel, bound=model_bound(config), activation=worst, probes=PROBES, probes_left_out=left_out
+        max_abs=max_abs,
+        max_rel=max_rel,
+        bound=model_bound(config),
+        activation=worst,
+        probes=PROBES,
+        probes_left_out=left_out,
     )

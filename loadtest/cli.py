@@ -60,24 +60,14 @@ class _NotNegative(click.ParamType[float]):
 @click.command()
 @click.option("--url", default=planning.DEFAULT_URL, show_default=True, help="The server.")
 @click.option("--models", metavar="A,B", help="Variants to ask.  [default: all that the server lists]")
-@click.option(
-    "--users", type=click.IntRange(1, 10_000), help="Users at once.  [default: 8; with --rate, one per 1/s]"
-)
+@click.option("--users", type=click.IntRange(1, 10_000), help="Users at once.  [default: 8; with --rate, one per 1/s]")
 @click.option("--rate", type=_Positive(), help="Constant arrivals per second, of all variants together.")
 @click.option("--duration", type=_Positive(), default=30.0, show_default=True, help="Seconds measured.")
-@click.option(
-    "--warmup", type=_NotNegative(), default=3.0, show_default=True, help="Seconds before, discarded."
-)
-@click.option(
-    "--prompts", type=click.Path(path_type=Path), help="One per line, text or .jsonl.  [default: built in]"
-)
+@click.option("--warmup", type=_NotNegative(), default=3.0, show_default=True, help="Seconds before, discarded.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="One per line, text or .jsonl.  [default: built in]")
 @click.option("--top-k", type=click.IntRange(0), default=10, show_default=True, help="Tokens asked for.")
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of requests."
-)
-@click.option(
-    "--timeout", type=_Positive(), default=30.0, show_default=True, help="Seconds until one failed."
-)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of requests.")
+@click.option("--timeout", type=_Positive(), default=30.0, show_default=True, help="Seconds until one failed.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the result here too; - is standard output.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: artifacts/load/<time>]")
 @click.option("--html/--no-html", default=True, show_default=True, help="Draw report.html.")
@@ -134,20 +124,14 @@ def load(
     samples = read_samples(folder / SAMPLES) if (folder / SAMPLES).is_file() else []
     if not samples:
         tail = _tail(folder / LOG)
-        why = (
-            "interrupted before the first answer"
-            if interrupted
-            else f"Locust sent nothing (exit code {status})"
-        )
+        why = "interrupted before the first answer" if interrupted else f"Locust sent nothing (exit code {status})"
         raise ActuaryError(f"{why}; its log {folder / LOG} ends with:\n{tail}")
 
     client = client_facts(folder / SAMPLES, samples)
     window_s = min(plan.duration_s, client["stopped_after_s"] - plan.warmup_s)
     measured = in_window(samples, plan, window_s)
     if not measured:
-        raise ActuaryError(
-            f"stopped within the warm-up of {warmup:g} s, so nothing was measured; samples: {folder}"
-        )
+        raise ActuaryError(f"stopped within the warm-up of {warmup:g} s, so nothing was measured; samples: {folder}")
     result = _result(plan, prompts, measured, window_s, client, started, interrupted)
     result["served"] = {name: served[name] for name in plan.models}
     if html:
@@ -234,9 +218,7 @@ def _machine() -> dict[str, Any]:
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     return {"host": platform.node(), "cpu": model, "cores": os.cpu_count(), "system": platform.platform()}
 
@@ -249,11 +231,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _tail(path: Path) -> str:
-    return (
-        "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
-        if path.is_file()
-        else ""
-    )
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]) if path.is_file() else ""
 
 
 def _reasons(rows: list[dict[str, Any]]) -> str:

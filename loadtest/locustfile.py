@@ -140,23 +140,15 @@ def _number(text: str) -> float:
 @events.init_command_line_parser.add_listener
 def _options(parser: Any) -> None:
     group = parser.add_argument_group("Actuary options")
-    group.add_argument(
-        "--models", default="", help="Variants, comma-separated. Default: all that are served."
-    )
-    group.add_argument(
-        "--rate", type=_number, default=None, help="Constant arrivals per second; else a closed loop."
-    )
+    group.add_argument("--models", default="", help="Variants, comma-separated. Default: all that are served.")
+    group.add_argument("--rate", type=_number, default=None, help="Constant arrivals per second; else a closed loop.")
     group.add_argument("--prompts", default="", help="A file with one prompt per line, text or .jsonl.")
     group.add_argument("--top-k", type=int, default=10, help="How many of the likeliest tokens to ask for.")
     group.add_argument("--seed", type=int, default=0, help="Of the order of variants and prompts.")
     group.add_argument("--samples", default="", help="Write every raw sample to this CSV (not on a worker).")
     # Locust's own --run-time takes whole seconds, and counts them from before there are users.
-    group.add_argument(
-        "--stop-after", type=_number, default=None, help="Quit so many seconds after the start."
-    )
-    group.add_argument(
-        "--request-timeout", type=_number, default=30.0, help="Seconds until a request failed."
-    )
+    group.add_argument("--stop-after", type=_number, default=None, help="Quit so many seconds after the start.")
+    group.add_argument("--request-timeout", type=_number, default=30.0, help="Seconds until a request failed.")
 
 
 @events.test_start.add_listener
@@ -218,9 +210,7 @@ def _record(response_time: float, response: Any, context: dict[str, Any], except
     if not (node.load and "model" in context):
         return
     headers = getattr(response, "headers", None) or {}
-    times: dict[str, Any] = {
-        f"{name}_ms": _milliseconds(headers.get(f"x-{name}-ms")) for name in SERVER_TIMES
-    }
+    times: dict[str, Any] = {f"{name}_ms": _milliseconds(headers.get(f"x-{name}-ms")) for name in SERVER_TIMES}
     failure = _reason(response, exception, node.load.timeout_s) if exception else ""
     node.load.pending.append(
         Sample(worker=node.load.worker, latency_ms=response_time, failure=failure, **context, **times)
@@ -280,9 +270,7 @@ class NextTokenUser(FastHttpUser):
         self.load = node.load
         self.turns: Iterator[tuple[str, int]] = self.load.arrivals
         if self.load.rate is None:
-            self.turns = plan.turns(
-                self.load.models, self.load.prompts, self.load.seed + 104729 * self.load.users
-            )
+            self.turns = plan.turns(self.load.models, self.load.prompts, self.load.seed + 104729 * self.load.users)
             self.load.users += 1
 
     def wait_time(self) -> float:

@@ -112,9 +112,7 @@ def served_models(url: str, timeout_s: float = 10.0) -> dict[str, dict[str, obje
             f"no server answers at {url} ({why}); start one with `actuary serve`, or name it with --url"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"{url}/v1/models did not answer a list of models; is it Actuary that runs there?"
-        ) from error
+        raise BadInput(f"{url}/v1/models did not answer a list of models; is it Actuary that runs there?") from error
     if not models:
         raise BadInput(f"the server at {url} serves no variant; export one with `actuary export`")
     return models

@@ -45,11 +45,7 @@ def ms(value: float | None) -> str:
 
 def headline(result: dict[str, Any]) -> str:
     plan = result["plan"]
-    how = (
-        f"{plan['users']} users"
-        if plan["rate"] is None
-        else f"{plan['rate']:g} arrivals/s, {plan['users']} users"
-    )
+    how = f"{plan['users']} users" if plan["rate"] is None else f"{plan['rate']:g} arrivals/s, {plan['users']} users"
     return f"{how}, {result['window_s']:g} s on {result['url']}"
 
 
@@ -57,9 +53,7 @@ def notes(result: dict[str, Any]) -> list[str]:
     """What a reader must know before trusting a figure."""
     said = list(result["client"]["said"])
     if result["interrupted"]:
-        said.append(
-            f"interrupted: {result['window_s']:g} s of {result['plan']['duration_s']:g} s were measured"
-        )
+        said.append(f"interrupted: {result['window_s']:g} s of {result['plan']['duration_s']:g} s were measured")
     few = [row["model"] for row in result["rows"] if 0 < row["requests"] - row["failures"] < FEW]
     if few:
         whom = "each variant" if len(few) == len(result["rows"]) else ", ".join(few)
@@ -69,10 +63,7 @@ def notes(result: dict[str, Any]) -> list[str]:
 
 def draw(result: dict[str, Any], samples: Sequence[Sample]) -> str:
     """The report of `result`, as summed up from `samples`."""
-    good = {
-        row["model"]: [s for s in samples if s.model == row["model"] and not s.failure]
-        for row in result["rows"]
-    }
+    good = {row["model"]: [s for s in samples if s.model == row["model"] and not s.failure] for row in result["rows"]}
     charts = [
         (
             "How long answers take",
@@ -276,9 +267,7 @@ def _table(result: dict[str, Any]) -> str:
         latency = row["latency_ms"]
         why = "; ".join(f"{count} × {reason}" for reason, count in row["failure_reasons"].items())
         cells = [str(row["requests"]), str(row["failures"]), f"{row['requests_per_s']:.1f}"]
-        cells += [ms(latency[name]) for name in ("p50", "p90", "p99", "mean")] + [
-            ms(row["server_ms"]["infer"]["p50"])
-        ]
+        cells += [ms(latency[name]) for name in ("p50", "p90", "p99", "mean")] + [ms(row["server_ms"]["infer"]["p50"])]
         numbers = "".join(f"<td>{cell}</td>" for cell in cells)
         lines.append(f"<tr><th>{html.escape(row['model'])}</th>{numbers}</tr>")
         if why and row is not result["total"]:

@@ -51,9 +51,7 @@ def run_locust(plan: Plan, prompts: Path | None, folder: Path) -> tuple[bool, in
     """Runs Locust to its end, or until Ctrl-C or SIGTERM. (whether it was interrupted, its exit code)"""
     # Our own arguments are the whole configuration: no LOCUST_* variables, no locust.conf of the folder.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(LOCUSTFILE.parent.parent), environment.get("PYTHONPATH", "")]
-    )
+    environment["PYTHONPATH"] = os.pathsep.join([str(LOCUSTFILE.parent.parent), environment.get("PYTHONPATH", "")])
     interrupted = False
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
@@ -111,9 +109,7 @@ class _Watch:
 
     def __enter__(self) -> _Watch:
         self.progress.start()
-        self.task = self.progress.add_task(
-            "starting", total=self.plan.warmup_s + self.plan.duration_s, said=""
-        )
+        self.task = self.progress.add_task("starting", total=self.plan.warmup_s + self.plan.duration_s, said="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -145,9 +141,7 @@ class _Watch:
 def client_facts(samples_file: Path, samples: list[Sample]) -> dict[str, Any]:
     """How long the load lasted and what it cost; from the samples alone where Locust was killed."""
     try:
-        facts: dict[str, Any] = json.loads(
-            samples_file.with_suffix(".client.json").read_text(encoding="utf-8")
-        )
+        facts: dict[str, Any] = json.loads(samples_file.with_suffix(".client.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         facts = {"stopped_after_s": max(sample.at_s for sample in samples), "lasted_s": None, "cpu_s": {}}
     return facts

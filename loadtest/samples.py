@@ -126,9 +126,7 @@ def summarise(model: str, samples: Sequence[Sample], window_s: float) -> dict[st
     }
 
 
-def judge_client(
-    samples: Sequence[Sample], plan: Plan, window_s: float, cpu_share: float | None
-) -> dict[str, Any]:
+def judge_client(samples: Sequence[Sample], plan: Plan, window_s: float, cpu_share: float | None) -> dict[str, Any]:
     """Whether the load that was planned is the load that was sent, and if not, whose fault it was."""
     late = _spread(np.array([sample.late_ms for sample in samples]))
     timer_late = _spread(np.array([sample.late_ms for sample in samples if not sample.starved]))
@@ -164,8 +162,6 @@ def judge_client(
             f"{timer_late['p99']:.1f} ms (bound {LATE_BOUND_MS:g} ms)"
         )
     if short:
-        verdict["said"].append(
-            f"{len(samples)} of {verdict['planned']} planned requests were sent in the window"
-        )
+        verdict["said"].append(f"{len(samples)} of {verdict['planned']} planned requests were sent in the window")
     verdict["kept_plan"] = not (short or timer_is_late or starved > (1 - KEPT_SHARE) * max(len(samples), 1))
     return verdict

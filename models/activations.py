@@ -117,34 +117,50 @@ def solu(x: Tensor) -> Tensor:
 
 SHAZEER = "Shazeer 2020, GLU Variants Improve Transformer, arXiv:2002.05202"
 
+# fmt: off
 _BUILT_IN = (
     Activation("threshold", threshold, "pointwise", "Rosenblatt 1958, The Perceptron"),
     Activation("sigmoid", lambda x: torch.sigmoid(x), "pointwise", "Verhulst 1838; Rumelhart et al. 1986"),
     Activation("tanh", lambda x: torch.tanh(x), "pointwise", "LeCun et al. 1998, Efficient BackProp"),
-    Activation("softmax", lambda x: torch.softmax(x, dim=-1), "hidden_axis", "Bridle 1990, Training Stochastic Model Recognition Algorithms"),
-    Activation("relu", relu, "pointwise", "Nair & Hinton 2010, Rectified Linear Units Improve Restricted Boltzmann Machines"),
-    Activation("leaky_relu", lambda x: torch.where(x >= 0, x, 0.01 * x), "pointwise", "Maas et al. 2013, Rectifier Nonlinearities Improve Neural Network Acoustic Models"),
-    Activation("prelu", lambda x, a=0.25: torch.where(x >= 0, x, a * x), "learned", "He et al. 2015, Delving Deep into Rectifiers, arXiv:1502.01852"),
+    Activation("softmax", lambda x: torch.softmax(x, dim=-1), "hidden_axis",
+               "Bridle 1990, Training Stochastic Model Recognition Algorithms"),
+    Activation("relu", relu, "pointwise",
+               "Nair & Hinton 2010, Rectified Linear Units Improve Restricted Boltzmann Machines"),
+    Activation("leaky_relu", lambda x: torch.where(x >= 0, x, 0.01 * x), "pointwise",
+               "Maas et al. 2013, Rectifier Nonlinearities Improve Neural Network Acoustic Models"),
+    Activation("prelu", lambda x, a=0.25: torch.where(x >= 0, x, a * x), "learned",
+               "He et al. 2015, Delving Deep into Rectifiers, arXiv:1502.01852"),
     Activation("elu", elu, "pointwise", "Clevert et al. 2016, Exponential Linear Units, arXiv:1511.07289"),
-    Activation("selu", lambda x: SELU_SCALE * (torch.relu(x) + SELU_ALPHA * torch.expm1(torch.clamp(x, max=0))), "pointwise", "Klambauer et al. 2017, Self-Normalizing Neural Networks, arXiv:1706.02515"),
+    Activation("selu", lambda x: SELU_SCALE * (torch.relu(x) + SELU_ALPHA * torch.expm1(torch.clamp(x, max=0))),
+               "pointwise", "Klambauer et al. 2017, Self-Normalizing Neural Networks, arXiv:1706.02515"),
     # At alpha = 1, torch's default, CELU is ELU: the two rows are each other's control.
-    Activation("celu", lambda x: torch.relu(x) + CELU_ALPHA * torch.expm1(torch.clamp(x, max=0) / CELU_ALPHA), "pointwise", "Barron 2017, Continuously Differentiable Exponential Linear Units, arXiv:1704.07483"),
+    Activation("celu", lambda x: torch.relu(x) + CELU_ALPHA * torch.expm1(torch.clamp(x, max=0) / CELU_ALPHA),
+               "pointwise", "Barron 2017, Continuously Differentiable Exponential Linear Units, arXiv:1704.07483"),
     Activation("gelu", gelu, "pointwise", "Hendrycks & Gimpel 2016, Gaussian Error Linear Units, arXiv:1606.08415"),
-    Activation("gelu_tanh", lambda x: 0.5 * x * (1 + torch.tanh(SQRT_2_OVER_PI * (x + 0.044715 * x * x * x))), "pointwise", "Hendrycks & Gimpel 2016, section 2; GPT-2's gelu_new"),
-    Activation("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x), "pointwise", "Hendrycks & Gimpel 2016, section 2; CLIP"),
-    Activation("silu", silu, "pointwise", "Elfwing et al. 2017, arXiv:1702.03118; Ramachandran et al. 2017, arXiv:1710.05941"),
-    Activation("swish", lambda x, beta=1.0: x * torch.sigmoid(beta * x), "learned", "Ramachandran et al. 2017, Searching for Activation Functions, arXiv:1710.05941"),
+    Activation("gelu_tanh", lambda x: 0.5 * x * (1 + torch.tanh(SQRT_2_OVER_PI * (x + 0.044715 * x * x * x))),
+               "pointwise", "Hendrycks & Gimpel 2016, section 2; GPT-2's gelu_new"),
+    Activation("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x), "pointwise",
+               "Hendrycks & Gimpel 2016, section 2; CLIP"),
+    Activation("silu", silu, "pointwise",
+               "Elfwing et al. 2017, arXiv:1702.03118; Ramachandran et al. 2017, arXiv:1710.05941"),
+    Activation("swish", lambda x, beta=1.0: x * torch.sigmoid(beta * x), "learned",
+               "Ramachandran et al. 2017, Searching for Activation Functions, arXiv:1710.05941"),
     Activation("solu", solu, "hidden_axis", "Elhage et al. 2022, Softmax Linear Units, Transformer Circuits Thread"),
     Activation("relu2", lambda x: torch.relu(x) ** 2, "pointwise", "So et al. 2021, Primer, arXiv:2109.08668"),
-    Activation("relu6", lambda x: torch.clamp(x, 0, 6), "pointwise", "Krizhevsky 2010, Convolutional Deep Belief Networks on CIFAR-10"),
-    Activation("softplus", lambda x: torch.nn.functional.softplus(x), "pointwise", "Dugas et al. 2001, Incorporating Second-Order Functional Knowledge"),
-    Activation("mish", lambda x: x * torch.tanh(torch.nn.functional.softplus(x)), "pointwise", "Misra 2019, arXiv:1908.08681"),
-    Activation("glu", lambda gate, up: torch.sigmoid(gate) * up, "gated", "Dauphin et al. 2017, Language Modeling with Gated Convolutional Networks, arXiv:1612.08083"),
+    Activation("relu6", lambda x: torch.clamp(x, 0, 6), "pointwise",
+               "Krizhevsky 2010, Convolutional Deep Belief Networks on CIFAR-10"),
+    Activation("softplus", lambda x: torch.nn.functional.softplus(x), "pointwise",
+               "Dugas et al. 2001, Incorporating Second-Order Functional Knowledge"),
+    Activation("mish", lambda x: x * torch.tanh(torch.nn.functional.softplus(x)), "pointwise",
+               "Misra 2019, arXiv:1908.08681"),
+    Activation("glu", lambda gate, up: torch.sigmoid(gate) * up, "gated",
+               "Dauphin et al. 2017, Language Modeling with Gated Convolutional Networks, arXiv:1612.08083"),
     Activation("bilinear", lambda gate, up: gate * up, "gated", SHAZEER),
     Activation("reglu", lambda gate, up: relu(gate) * up, "gated", SHAZEER),
     Activation("geglu", lambda gate, up: gelu(gate) * up, "gated", SHAZEER),
     Activation("swiglu", lambda gate, up: silu(gate) * up, "gated", SHAZEER),
-)  # fmt: skip
+)
+# fmt: on
 
 
 @functools.cache

@@ -40,22 +40,69 @@ def _variants(names: str, head: str, seeds: int) -> list[Variant]:
 
 
 @click.command()
-@click.option("--activations", default=DEFAULT_SET, show_default=True, help="Names with commas between; NAME-sigmoid-head trains that one under the sigmoid head.")
-@click.option("--head", type=click.Choice(["softmax", "sigmoid"]), default="softmax", show_default=True, help="Cross-entropy, or per-token binary cross-entropy with a prior bias.")
-@click.option("--steps", type=click.IntRange(1), default=None, help="Optimizer steps.  [default: 1000]")
-@click.option("--seeds", type=click.IntRange(1, 1000), default=1, show_default=True, help="Train each variant from this many seeds.")
+@click.option(
+    "--activations",
+    default=DEFAULT_SET,
+    show_default=True,
+    help="Names with commas between; NAME-sigmoid-head trains that one under the sigmoid head.",
+)
+@click.option(
+    "--head",
+    type=click.Choice(["softmax", "sigmoid"]),
+    default="softmax",
+    show_default=True,
+    help="Cross-entropy, or per-token binary cross-entropy with a prior bias.",
+)
+@click.option("--steps", type=click.IntRange(1), default=None, help="Optimizer steps.  [default: 1200]")
+@click.option(
+    "--seeds",
+    type=click.IntRange(1, 1000),
+    default=1,
+    show_default=True,
+    help="Train each variant from this many seeds.",
+)
 @click.option("--layers", type=click.IntRange(1), default=None, help="Blocks.  [default: 2]")
 @click.option("--dim", type=click.IntRange(2), default=None, help="Channels of the residual stream.  [default: 128]")
 @click.option("--heads", type=click.IntRange(1), default=None, help="Attention heads.  [default: one per 64 channels]")
 @click.option("--context", type=click.IntRange(2), default=None, help="Longest prompt, in tokens.  [default: 128]")
 @click.option("--vocab", type=click.IntRange(257), default=None, help="Entries of the byte-level BPE.  [default: 2048]")
 @click.option("--batch", type=click.IntRange(1), default=None, help="Windows per step.  [default: 4]")
-@click.option("--gated-width", type=click.Choice(["matched", "full"]), default="matched", show_default=True, help="Hidden width of gated forms: the pointwise forms' parameters, or their width.")
-@click.option("--corpus", "paths", type=click.Path(path_type=Path), multiple=True, help="File or folder of UTF-8 text; may be repeated.  [default: Python's standard library]")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("artifacts/checkpoints"), show_default=True, help="Folder for the checkpoints.")
-@click.option("--workers", type=click.IntRange(1), default=None, help="Variants trained side by side.  [default: one per core]")
+@click.option(
+    "--gated-width",
+    type=click.Choice(["matched", "full"]),
+    default="matched",
+    show_default=True,
+    help="Hidden width of gated forms: the pointwise forms' parameters, or their width.",
+)
+@click.option(
+    "--corpus",
+    "paths",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="File or folder of UTF-8 text; may be repeated.  [default: Python's standard library]",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("artifacts/checkpoints"),
+    show_default=True,
+    help="Folder for the checkpoints.",
+)
+@click.option(
+    "--workers", type=click.IntRange(1), default=None, help="Variants trained side by side.  [default: one per core]"
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-def train(activations: str, head: str, seeds: int, gated_width: str, paths: tuple[Path, ...], out: Path, workers: int | None, as_json: bool, **shape: int | None) -> None:
+def train(
+    activations: str,
+    head: str,
+    seeds: int,
+    gated_width: str,
+    paths: tuple[Path, ...],
+    out: Path,
+    workers: int | None,
+    as_json: bool,
+    **shape: int | None,
+) -> None:
     """Train variants of a small GPT, one per activation, on the same batches.
 
     Finished variants are kept and skipped; after Ctrl-C the same command goes on where it stopped. Ends with
@@ -96,17 +143,33 @@ def _summary(variants: list[Variant], recipe: Recipe, yardsticks: dict[str, floa
     for variant in variants:
         done = finished(out / variant.name)
         if done is not None:
-            rows.append({"name": variant.name, "activation": variant.activation, "head": variant.head, "seed": variant.seed, **done})
+            rows.append(
+                {
+                    "name": variant.name,
+                    "activation": variant.activation,
+                    "head": variant.head,
+                    "seed": variant.seed,
+                    **done,
+                }
+            )
     return {"out": str(out), "steps": recipe.steps, "variants": rows, "yardsticks": yardsticks}
 
 
 def _print(summary: dict[str, Any], console: Console) -> None:
-    table = Table(box=None, header_style="bold", title=f"held-out quality after {summary['steps']} steps", title_justify="left")
+    table = Table(
+        box=None, header_style="bold", title=f"held-out quality after {summary['steps']} steps", title_justify="left"
+    )
     table.add_column("variant")
     for column in ("bits/byte", "ECE", "sigmoid mass", "seconds"):
         table.add_column(column, justify="right")
     for row in sorted(summary["variants"], key=lambda row: row["bits_per_byte"]):
-        table.add_row(row["name"], f"{row['bits_per_byte']:.3f}", f"{row['ece']:.3f}", f"{row['sigmoid_mass']:.3g}", f"{row['seconds']:.0f}")
+        table.add_row(
+            row["name"],
+            f"{row['bits_per_byte']:.3f}",
+            f"{row['ece']:.3f}",
+            f"{row['sigmoid_mass']:.3g}",
+            f"{row['seconds']:.0f}",
+        )
     by_variant: dict[tuple[str, str], list[float]] = {}
     for row in summary["variants"]:
         by_variant.setdefault((row["activation"], row["head"]), []).append(row["bits_per_byte"])
@@ -115,4 +178,7 @@ def _print(summary: dict[str, Any], console: Console) -> None:
     console.print(table)
     for (activation, head), values in by_variant.items():
         if len(values) > 1:
-            console.print(f"{activation} ({head}) over {len(values)} seeds: {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
+            console.print(
+                f"{activation} ({head}) over {len(values)} seeds: "
+                f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+            )

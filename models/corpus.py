@@ -104,7 +104,9 @@ class Corpus:
     def _cached(self, vocab_size: int) -> Path:
         """The folder that holds the tokenizer and ids, made where it is not there."""
         if vocab_size < SMALLEST_VOCAB:
-            raise BadInput(f"vocab {vocab_size} is too small: a byte-level vocabulary has at least {SMALLEST_VOCAB} entries")
+            raise BadInput(
+                f"vocab {vocab_size} is too small: a byte-level vocabulary has at least {SMALLEST_VOCAB} entries"
+            )
         folder = self.cache / f"{self.sha256[:16]}-v{vocab_size}"
         if not (folder / "bytes.json").is_file():
             log.info("training a byte-level BPE of %d entries on %.1f MB", vocab_size, self.train_bytes / 1e6)
@@ -142,7 +144,7 @@ class Corpus:
 
 
 def padded_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    """The tokenizer grown to exactly `vocab_size` entries that no text encodes to, for a corpus too small to fill it."""
+    """The tokenizer grown to exactly `vocab_size` by entries that no text has, where a corpus did not fill it."""
     missing = vocab_size - tokenizer.get_vocab_size()
     if missing > 0:
         tokenizer.add_special_tokens([f"<|unused{i}|>" for i in range(missing)])
@@ -212,7 +214,8 @@ def _unigram_nats(ids: Ids, vocab_size: int) -> float:
 
 def _bigram_nats(ids: Ids, vocab_size: int, weight: float = 160.0) -> float:
     """-sum log p(b | a), with p(b | a) = (count(a, b) + weight * p(b)) / (count(a) + weight): the unigram as prior
-    worth `weight` counts (of 20, 80, 160, 320 and 640 the strongest on the default corpus: 2.053 bits per byte, 2.080 at both ends)."""
+    worth `weight` counts (of 20, 80, 160, 320 and 640 the strongest on the default corpus: 2.053 bits
+    per byte, 2.080 at both ends)."""
 
     def pairs(tokens: NDArray[np.int32]) -> NDArray[np.int64]:
         return tokens[:-1].astype(np.int64) * vocab_size + tokens[1:]

@@ -21,12 +21,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
-    """A folder to fill, which takes `destination`'s place when the block ends well; on any error what stood there stays."""
+    """A folder to fill, which takes `destination`'s place when the block ends well; else what stood there stays."""
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     except OSError as error:
-        raise BadInput(f"cannot write to {destination.parent}: {error.strerror}; choose another folder with --out") from error
+        raise BadInput(
+            f"cannot write to {destination.parent}: {error.strerror}; choose another folder with --out"
+        ) from error
     try:
         yield partial
         partial.chmod(0o755)

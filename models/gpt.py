@@ -74,7 +74,13 @@ class ActuaryConfig(PreTrainedConfig):
         gated_width: Literal["matched", "full"] = "matched",
         **kwargs: Any,
     ) -> None:
-        for name, value in (("vocab", vocab_size), ("context", context), ("layers", layers), ("dim", dim), ("heads", heads)):
+        for name, value in (
+            ("vocab", vocab_size),
+            ("context", context),
+            ("layers", layers),
+            ("dim", dim),
+            ("heads", heads),
+        ):
             if value < 1:
                 raise BadInput(f"{name} must be at least 1, not {value}")
         if head not in ("softmax", "sigmoid"):
@@ -204,7 +210,7 @@ class ActuaryGPT(PreTrainedModel, GenerationMixin):
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T] -> [B, T, C], after the last norm. `attention_mask` [B, T] is 0 where padded."""
-        B, T = input_ids.shape
+        T = input_ids.shape[1]
         x = F.rms_norm(self.embed(input_ids), (self.config.dim,), eps=NORM_EPS)
         cos, sin = (table.to(x.dtype) for table in rope_tables(T, self.config.dim // self.config.heads, x.device))
         mask = None

@@ -63,7 +63,7 @@ class Variant:
 class Recipe:
     """How every variant of a set is trained. The rates were chosen at the default shape (docs/log.md)."""
 
-    steps: int = 1000
+    steps: int = 1200
     batch: int = 4
     layers: int = 2
     dim: int = 128
@@ -119,7 +119,9 @@ class Progress:
 
 def fingerprint(variant: Variant, recipe: Recipe, corpus_sha256: str) -> dict[str, Any]:
     """What must be equal for a finished or stopped variant to count as this one."""
-    return json.loads(json.dumps({**dataclasses.asdict(variant), **dataclasses.asdict(recipe), "corpus_sha256": corpus_sha256}))
+    return json.loads(
+        json.dumps({**dataclasses.asdict(variant), **dataclasses.asdict(recipe), "corpus_sha256": corpus_sha256})
+    )
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -154,7 +156,11 @@ def _save_state(path: Path, step: int, mark: dict[str, Any], model: ActuaryGPT, 
             tensors[f"{key}.{name}"] = value
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, {"step": str(step), "fingerprint": json.dumps(mark)})
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        partial,
+        {"step": str(step), "fingerprint": json.dumps(mark)},
+    )
     partial.replace(path)
 
 
@@ -196,7 +202,9 @@ def train_variant(
     ids = corpus.ids(recipe.vocab)
     accelerator = Accelerator()
     if recipe.batch % accelerator.num_processes:
-        raise BadInput(f"batch {recipe.batch} must be a multiple of the {accelerator.num_processes} processes that share it")
+        raise BadInput(
+            f"batch {recipe.batch} must be a multiple of the {accelerator.num_processes} processes that share it"
+        )
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     torch.manual_seed(variant.seed)
     model = ActuaryGPT(recipe.config(variant))
@@ -220,7 +228,9 @@ def train_variant(
         if step % REPORT_EVERY == 0 or step + 1 == recipe.steps:
             loss = float(output.loss.detach())
             if not math.isfinite(loss):
-                raise Diverged(f"{variant.name}: the loss is {loss} at step {step + 1}; lower --steps or the recipe's rates")
+                raise Diverged(
+                    f"{variant.name}: the loss is {loss} at step {step + 1}; lower --steps or the recipe's rates"
+                )
             if accelerator.is_main_process:
                 nats = _batch_nats(output.logits, batch, variant.head)
                 report(Progress(variant.name, step + 1, loss, nats / math.log(2) / ids.bytes_per_token))
@@ -229,7 +239,10 @@ def train_variant(
             if accelerator.is_main_process:
                 _save_state(state_path, step + 1, mark, model, optimizer)
             if should_stop():
-                raise Stopped(f"{variant.name} stopped after {step + 1} of {recipe.steps} steps; the same command goes on from there")
+                raise Stopped(
+                    f"{variant.name} stopped after {step + 1} of {recipe.steps} steps; "
+                    "the same command goes on from there"
+                )
     seconds = time.monotonic() - started
     quality: dict[str, Any] = {}
     if accelerator.is_main_process:
@@ -284,7 +297,9 @@ def evaluate(model: ActuaryGPT, ids: Ids) -> tuple[float, float, float]:
         mass += float(sigmoids.double().sum())
         total += targets.numel()
         likeliest = log_p.argmax(-1, keepdim=True)
-        confidence = (log_p.exp() if head == "softmax" else sigmoids).gather(-1, likeliest)[..., 0].cpu().numpy().ravel()
+        confidence = (
+            (log_p.exp() if head == "softmax" else sigmoids).gather(-1, likeliest)[..., 0].cpu().numpy().ravel()
+        )
         hits = (likeliest[..., 0] == targets).cpu().numpy().ravel()
         which = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
         for row, weights in enumerate((None, confidence, hits)):

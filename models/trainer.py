@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from actuary import ActuaryError, BadInput
 from models import activations
 from models.corpus import Corpus
-from models.train import Diverged, Recipe, Stopped, Variant, finished, fingerprint, train_variant
+from models.train import Diverged, Recipe, Stopped, Variant, fingerprint, finished, train_variant
 from models.train import Progress as Report
 
 _stop = threading.Event()
@@ -46,19 +46,29 @@ def to_train(variants: Sequence[Variant], recipe: Recipe, corpus: Corpus, out: P
             missing.append(variant)
             continue
         asked = fingerprint(variant, recipe, corpus.sha256)
-        other = {key: (done["recipe"].get(key), value) for key, value in asked.items() if done["recipe"].get(key) != value}
+        other = {
+            key: (done["recipe"].get(key), value) for key, value in asked.items() if done["recipe"].get(key) != value
+        }
         if other:
             differences = ", ".join(f"{key} {was!r}, now {now!r}" for key, (was, now) in other.items())
-            raise BadInput(f"{out / variant.name} was trained with other settings ({differences}); choose another --out, or delete it")
+            raise BadInput(
+                f"{out / variant.name} was trained with other settings ({differences}); "
+                "choose another --out, or delete it"
+            )
     return missing
 
 
-def train_all(variants: Sequence[Variant], recipe: Recipe, corpus: Corpus, out: Path, workers: int, console: Console) -> list[ActuaryError]:
-    """Trains every variant that is missing into OUT/NAME. Returns what kept variants from finishing; the others are there."""
+def train_all(
+    variants: Sequence[Variant], recipe: Recipe, corpus: Corpus, out: Path, workers: int, console: Console
+) -> list[ActuaryError]:
+    """Trains every variant that is missing into OUT/NAME. Returns what kept some from finishing; the rest are there."""
     missing = to_train(variants, recipe, corpus, out)
     smallest = min(len(ids) for ids in (corpus.ids(recipe.vocab).train, corpus.ids(recipe.vocab).held_out))
     if smallest <= recipe.context + 1:
-        raise BadInput(f"the corpus is too small: a half has {smallest} tokens, context {recipe.context} needs more; name more text or lower --context")
+        raise BadInput(
+            f"the corpus is too small: a half has {smallest} tokens, context {recipe.context} needs more; "
+            "name more text or lower --context"
+        )
     if not missing:
         return []
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -80,16 +90,24 @@ def _bars(variants: Sequence[Variant], recipe: Recipe, console: Console, visible
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not visible, refresh_per_second=4) as progress:
-        tasks = {v.name: progress.add_task(v.name, total=recipe.steps, loss="     -", bits="    -", start=False) for v in variants}
+        tasks = {
+            v.name: progress.add_task(v.name, total=recipe.steps, loss="     -", bits="    -", start=False)
+            for v in variants
+        }
         smooth: dict[str, float] = {}
 
         def show(report: Report) -> None:
             # Single batches of 512 tokens jump by 10 %; an average over about ten reports can be read.
-            bits = smooth[report.name] = 0.9 * smooth.get(report.name, report.bits_per_byte) + 0.1 * report.bits_per_byte
+            bits = smooth[report.name] = (
+                0.9 * smooth.get(report.name, report.bits_per_byte) + 0.1 * report.bits_per_byte
+            )
             progress.start_task(tasks[report.name])
             progress.update(tasks[report.name], completed=report.step, loss=f"{report.loss:6.3f}", bits=f"{bits:5.3f}")
             if visible and not console.is_terminal and report.step == recipe.steps:
-                console.print(f"{report.name}: {report.step} steps, loss {report.loss:.3f}, {bits:.3f} bits per byte of training text")
+                console.print(
+                    f"{report.name}: {report.step} steps, loss {report.loss:.3f}, "
+                    f"{bits:.3f} bits per byte of training text"
+                )
 
         yield show
 
@@ -131,7 +149,9 @@ def _work(variant: Variant, recipe: Recipe, corpus: Corpus, out: Path) -> None:
     train_variant(variant, recipe, corpus, out, _reports.put, _stop.is_set)
 
 
-def _side_by_side(variants: Sequence[Variant], recipe: Recipe, corpus: Corpus, out: Path, workers: int, show: Any) -> list[ActuaryError]:
+def _side_by_side(
+    variants: Sequence[Variant], recipe: Recipe, corpus: Corpus, out: Path, workers: int, show: Any
+) -> list[ActuaryError]:
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()
     listener = threading.Thread(target=lambda: [show(report) for report in iter(reports.get, None)], daemon=True)
@@ -141,7 +161,9 @@ def _side_by_side(variants: Sequence[Variant], recipe: Recipe, corpus: Corpus, o
         _stopping_on_signal(),
         ProcessPoolExecutor(workers, context, _start_worker, (max(1, cores() // workers), reports)) as pool,
     ):
-        futures: dict[Future[None], Variant] = {pool.submit(_work, variant, recipe, corpus, out): variant for variant in variants}
+        futures: dict[Future[None], Variant] = {
+            pool.submit(_work, variant, recipe, corpus, out): variant for variant in variants
+        }
         for future, variant in futures.items():
             while not future.done():
                 if _stop.wait(0.2):  # the signal reached this process: pass it on, and start nothing new

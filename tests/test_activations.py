@@ -104,7 +104,9 @@ def test_learned_scalars_come_from_the_signature():
 
 
 def test_unknown_name_gives_the_list_and_the_nearest():
-    with pytest.raises(BadInput, match=r"unknown activation 'swigul'; known: threshold, .*swiglu; did you mean 'swiglu'\?"):
+    with pytest.raises(
+        BadInput, match=r"unknown activation 'swigul'; known: threshold, .*swiglu; did you mean 'swiglu'\?"
+    ):
         get("swigul")
 
 

@@ -109,18 +109,12 @@ def test_every_name_leads_somewhere() -> None:
         build = service["build"]
         assert (ROOT / build["context"] / build["dockerfile"]).is_file()
         for port in service.get("ports", []):
-            assert port.startswith("127.0.0.1:"), (
-                "published to this machine only, unless someone decides otherwise"
-            )
+            assert port.startswith("127.0.0.1:"), "published to this machine only, unless someone decides otherwise"
     wait = services["service"]["depends_on"]["train-and-export"]
     assert wait == {"condition": "service_completed_successfully"}
     profiles = {name: service["profiles"] for name, service in services.items()}
-    assert [name for name in profiles if "cpu" in profiles[name] and "gpu" not in profiles[name]] == [
-        "service"
-    ]
-    assert [name for name in profiles if "gpu" in profiles[name] and "cpu" not in profiles[name]] == [
-        "service-gpu"
-    ]
+    assert [name for name in profiles if "cpu" in profiles[name] and "gpu" not in profiles[name]] == ["service"]
+    assert [name for name in profiles if "gpu" in profiles[name] and "cpu" not in profiles[name]] == ["service-gpu"]
     gpu, cpu = services["service-gpu"], services["service"]
     assert gpu["command"][:-1] == cpu["command"][:-1]
     assert (gpu["command"][-2:], cpu["command"][-2:]) == (["--provider", "cuda"], ["--provider", "cpu"])
@@ -139,12 +133,8 @@ def test_dockerfiles_agree_with_compose_and_pyproject() -> None:
         for source in _copied(name):
             assert (ROOT / source).exists(), f"Dockerfile.{name} copies {source}, which is not there"
             allowed = (ROOT / ".dockerignore").read_text().splitlines()
-            assert {f"!{source.parts[0]}", f"!{source.parts[0]}/"} & set(allowed), (
-                f"{source} never reaches the build"
-            )
-    health = re.search(
-        r"HEALTHCHECK .*?CMD (\[.*?\])$", (ROOT / "deploy/Dockerfile.service").read_text(), re.S | re.M
-    )
+            assert {f"!{source.parts[0]}", f"!{source.parts[0]}/"} & set(allowed), f"{source} never reaches the build"
+    health = re.search(r"HEALTHCHECK .*?CMD (\[.*?\])$", (ROOT / "deploy/Dockerfile.service").read_text(), re.S | re.M)
     assert health
     assert ["CMD", *json.loads(health[1])] == _compose()["services"]["service"]["healthcheck"]["test"]
 
@@ -281,9 +271,7 @@ def test_the_health_check_fails_without_a_service(host: Host) -> None:
 
 def test_the_service_answers(running_service: str) -> None:
     body = json.dumps({"model": "*", "prompt": "if x", "top_k": 2}).encode()
-    request = urllib.request.Request(
-        f"{running_service}/v1/next-token", body, {"content-type": "application/json"}
-    )
+    request = urllib.request.Request(f"{running_service}/v1/next-token", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=10) as response:
         results = json.load(response)["results"]
     assert {result["model"] for result in results} == {"gelu", "swiglu"}
@@ -292,10 +280,7 @@ def test_the_service_answers(running_service: str) -> None:
 
 def test_locust_master_and_workers_load_it(host: Host, running_service: str) -> None:
     master = host.start("locust-master")
-    workers = [
-        host.start("locust-workers")
-        for _ in range(int(host.services["locust-workers"]["deploy"]["replicas"]))
-    ]
+    workers = [host.start("locust-workers") for _ in range(int(host.services["locust-workers"]["deploy"]["replicas"]))]
     page = f"http://127.0.0.1:{host.ports['8089']}"
     try:
         _until(lambda: len(_get(f"{page}/stats/requests").get("workers", [])) == len(workers), host)
@@ -335,9 +320,7 @@ def _get(url: str) -> dict[str, Any]:
 
 
 def _requests(page: str) -> int:
-    return sum(
-        row["num_requests"] for row in _get(f"{page}/stats/requests").get("stats", []) if row["method"]
-    )
+    return sum(row["num_requests"] for row in _get(f"{page}/stats/requests").get("stats", []) if row["method"])
 
 
 def _until(condition: Any, host: Host, timeout_s: float = 30.0) -> None:

@@ -15,7 +15,15 @@ from models.activations import registry
 from models.gpt import log_probabilities
 from models.train import Recipe, Variant, train_variant
 
-RECIPE = Recipe(steps=20, batch=2, layers=TINY["layers"], dim=TINY["dim"], heads=TINY["heads"], context=TINY["context"], vocab=TINY["vocab_size"])
+RECIPE = Recipe(
+    steps=20,
+    batch=2,
+    layers=TINY["layers"],
+    dim=TINY["dim"],
+    heads=TINY["heads"],
+    context=TINY["context"],
+    vocab=TINY["vocab_size"],
+)
 PROMPT = "if x is not"
 
 
@@ -39,7 +47,9 @@ def all_bundles(tmp_path_factory, checkpoints):
 def answers(all_bundles):
     """One request for all variants: {name: result}."""
     with serving(all_bundles) as (url, _):
-        response = httpx.post(f"{url}/v1/next-token", json={"model": "*", "prompt": PROMPT, "top_k": TINY["vocab_size"]}, timeout=60)
+        response = httpx.post(
+            f"{url}/v1/next-token", json={"model": "*", "prompt": PROMPT, "top_k": TINY["vocab_size"]}, timeout=60
+        )
     assert response.status_code == 200, response.text
     return {result["model"]: result for result in response.json()["results"]}
 
@@ -50,7 +60,8 @@ def test_exports_as_a_node_of_our_domain_and_passes_the_gate(name: str, all_bund
     assert manifest.activation == name
     assert manifest.parity.max_rel <= manifest.parity.bound < 1e-4
     assert manifest.parity.activation <= 1
-    assert manifest.quality is not None and math.isfinite(manifest.quality.bits_per_byte)
+    assert manifest.quality is not None
+    assert math.isfinite(manifest.quality.bits_per_byte)
     model = onnx.load(all_bundles / name / bundle.MODEL)
     ours = [node.op_type for node in model.graph.node if node.domain == bundle.DOMAIN]
     assert ours == [name] * TINY["layers"]

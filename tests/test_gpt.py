@@ -18,7 +18,9 @@ B, T, V = 3, 17, 300
 
 def small(activation: str = "gelu", **shape) -> ActuaryGPT:
     torch.manual_seed(1)
-    model = ActuaryGPT(ActuaryConfig(activation, **{"vocab_size": V, "context": 32, "layers": 2, "dim": 32, "heads": 2, **shape})).eval()
+    model = ActuaryGPT(
+        ActuaryConfig(activation, **{"vocab_size": V, "context": 32, "layers": 2, "dim": 32, "heads": 2, **shape})
+    ).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "embed" not in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -32,7 +34,7 @@ def ids(*shape: int) -> torch.Tensor:
 
 
 def test_equals_transformers_qwen3_with_the_same_weights():
-    """Qwen3 is this architecture with SwiGLU: RMSNorm, QK-norm, RoPE; we norm the embedding and the head adds a bias."""
+    """Qwen3 is this architecture with SwiGLU, but for our normed embedding and the bias of our head."""
     ours = small("swiglu")
     config = Qwen3Config(
         vocab_size=V, hidden_size=32, intermediate_size=ours.config.hidden, num_hidden_layers=2, num_attention_heads=2,
@@ -41,7 +43,11 @@ def test_equals_transformers_qwen3_with_the_same_weights():
     )  # fmt: skip
     theirs = Qwen3ForCausalLM(config).eval()
     normed = F.rms_norm(ours.embed.weight, (32,), eps=1e-6)
-    weights = {"model.embed_tokens.weight": normed, "lm_head.weight": ours.embed.weight, "model.norm.weight": ours.norm.weight}
+    weights = {
+        "model.embed_tokens.weight": normed,
+        "lm_head.weight": ours.embed.weight,
+        "model.norm.weight": ours.norm.weight,
+    }
     for i, block in enumerate(ours.blocks):
         q, k, v = block.attention.qkv.weight.chunk(3)
         gate, up = block.ffn.up.weight.chunk(2)
@@ -128,7 +134,9 @@ def test_generates_like_any_transformers_model():
 
 def test_loss_of_each_head_is_torch_s_own():
     logits, targets = torch.randn(B, T, V, generator=torch.Generator().manual_seed(3)), ids(B, T)
-    torch.testing.assert_close(head_loss(logits, targets, "softmax"), F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    torch.testing.assert_close(
+        head_loss(logits, targets, "softmax"), F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    )
     one_hot = F.one_hot(targets, V).float()
     each = F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none").sum(-1)
     torch.testing.assert_close(head_loss(logits, targets, "sigmoid"), each.mean())

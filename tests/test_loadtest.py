@@ -289,8 +289,7 @@ def test_master_and_worker_bring_every_sample_to_the_master(stand_in: _Server, t
         "stderr": subprocess.STDOUT,
     }
     processes = [
-        subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes)
-        for command in (master, worker)
+        subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) for command in (master, worker)
     ]
     try:
         outputs = [process.communicate(timeout=40)[0] for process in processes]
@@ -379,9 +378,7 @@ def test_bad_prompts(name: str, text: str | None, said: str, run_load: Any, tmp_
     assert said in message
 
 
-def test_a_folder_that_holds_a_run_is_not_written_over(
-    stand_in: _Server, run_load: Any, tmp_path: Path
-) -> None:
+def test_a_folder_that_holds_a_run_is_not_written_over(stand_in: _Server, run_load: Any, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text("{}")
     code, message = run_load("--url", stand_in.url, "--out", str(tmp_path))
     assert code == 2

@@ -42,7 +42,7 @@ def test_formula(name: str, text: str):
 
 
 def test_formula_keeps_the_brackets_that_matter():
-    record = pointwise(lambda x: (x - (1 - x)) / (2 / (x + 3)) - -(x * 2) ** 2)
+    record = pointwise(lambda x: (x - (1 - x)) / (2 / (x + 3)) - -((x * 2) ** 2))
     text = formula(trace(record))
     value = eval(text.replace("^", "**"), {"x": 1.7})
     assert value == pytest.approx(record.expression(1.7))
@@ -70,7 +70,10 @@ def test_exported_function_is_within_its_bound(name: str):
     assert check_activation(get(name), onnx_function(name, trace(get(name))), np.random.default_rng(11)) <= 1
 
 
-@pytest.mark.parametrize(("claimed", "actual"), [("gelu", "gelu_tanh"), ("silu", "quick_gelu"), ("geglu", "swiglu"), ("elu", "selu"), ("relu", "leaky_relu")])
+@pytest.mark.parametrize(
+    ("claimed", "actual"),
+    [("gelu", "gelu_tanh"), ("silu", "quick_gelu"), ("geglu", "swiglu"), ("elu", "selu"), ("relu", "leaky_relu")],
+)
 def test_another_formula_under_the_name_misses_parity(claimed: str, actual: str):
     with pytest.raises(GateFailed, match=f"activation '{claimed}' misses parity at"):
         check_activation(get(claimed), onnx_function(claimed, trace(get(actual))), np.random.default_rng(0))
@@ -91,11 +94,16 @@ def test_the_reference_evaluator_reads_the_function(name: str):
     graph = helper.make_graph(
         [helper.make_node(name, ["x", *learned], ["y"], domain=DOMAIN)],
         "one",
-        [helper.make_tensor_value_info(key, TensorProto.FLOAT, value.shape) for key, value in {"x": x, **learned}.items()],
+        [
+            helper.make_tensor_value_info(key, TensorProto.FLOAT, value.shape)
+            for key, value in {"x": x, **learned}.items()
+        ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 5, "hidden"])],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    model = helper.make_model(graph, functions=[onnx_function(name, trace(record))], opset_imports=opsets, ir_version=10)
+    model = helper.make_model(
+        graph, functions=[onnx_function(name, trace(record))], opset_imports=opsets, ir_version=10
+    )
     onnx.checker.check_model(model)
     (got,) = ReferenceEvaluator(model).run(None, {"x": x, **learned})
     expected = record(torch.from_numpy(x), **{key: torch.from_numpy(value) for key, value in learned.items()})

@@ -111,9 +111,7 @@ def get(url: str) -> dict:
 
 def next_token(server_url: str, models: list[str], prompt: str, top_k: int = 10) -> list[dict]:
     body = json.dumps({"model": models, "prompt": prompt, "top_k": top_k}).encode()
-    request = urllib.request.Request(
-        f"{server_url}/v1/next-token", body, {"content-type": "application/json"}
-    )
+    request = urllib.request.Request(f"{server_url}/v1/next-token", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request) as answer:
         return json.load(answer)["results"]
 
@@ -151,9 +149,7 @@ def test_a_typed_prompt_shows_what_the_api_answers(page: WebDriver, server_url: 
     assert float(page.find_element(By.ID, "round-trip").text) > 0
 
 
-def test_another_variant_is_chosen_by_keyboard_and_the_address_restores_it(
-    page: WebDriver, server_url: str
-) -> None:
+def test_another_variant_is_chosen_by_keyboard_and_the_address_restores_it(page: WebDriver, server_url: str) -> None:
     for box in all_of(page, "#variants input"):
         if (box.get_attribute("value") == "swiglu") != box.is_selected():
             box.send_keys(Keys.SPACE)

@@ -39,7 +39,7 @@ def value_and_bound(expression: Expression, tensors: dict[str, Tensor]) -> tuple
     """
     values: dict[str, Tensor] = dict(tensors)
     errors: dict[str, Tensor] = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors.values()))
+    shape = sum(tensors.values(), torch.zeros(1)).shape
 
     def value(ref: Ref) -> Tensor:
         return values[ref] if isinstance(ref, str) else torch.tensor(ref, dtype=torch.float64)
@@ -52,7 +52,9 @@ def value_and_bound(expression: Expression, tensors: dict[str, Tensor]) -> tuple
     for step in expression.steps:
         function = MEANING[step.operation]
         if step.operation in HIDDEN_AXIS:
-            values[step.name], carried = _over_hidden(step.operation, value(step.arguments[0]), error(step.arguments[0]))
+            values[step.name], carried = _over_hidden(
+                step.operation, value(step.arguments[0]), error(step.arguments[0])
+            )
         else:
             operands = [value(ref).expand(shape).detach() for ref in step.arguments]
             leaves = [a.clone().requires_grad_() if a.is_floating_point() else a for a in operands]
