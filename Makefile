@@ -17,7 +17,7 @@ BUNDLES := $(ARTIFACTS)/bundles
 TRAINED := $(CHECKPOINTS)/.trained
 EXPORTED := $(BUNDLES)/.exported
 
-.PHONY: up test lint format train export serve load clean help
+.PHONY: up test lint format docs train export serve load clean help
 .DELETE_ON_ERROR:
 
 help: ## What each target does
@@ -67,6 +67,9 @@ lint: $(VENV)/.installed-dev ## ruff and strict mypy
 format: $(VENV)/.installed-dev ## Let ruff mend what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed-dev ## Write the generated parts of the documents anew
+	$(BIN)/python docs/generate.py
 
 clean: ## Remove what was trained, exported and installed
 	rm -rf $(ARTIFACTS) $(VENV) build *.egg-info

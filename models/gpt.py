@@ -183,21 +183,24 @@ class ActuaryGPT(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Products that read the residual stream start at C^-0.5, those that write to it at zero."""
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.05)
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, Attention):
-            nn.init.normal_(module.qkv.weight, std=self.config.dim**-0.5)
-            nn.init.zeros_(module.out.weight)
-        elif isinstance(module, FeedForward):
-            nn.init.normal_(module.up.weight, std=self.config.dim**-0.5)
-            nn.init.zeros_(module.down.weight)
-            for name, start in module.activation.learned.items():
-                nn.init.constant_(module.learned[name], start)
-        elif isinstance(module, ActuaryGPT):
-            nn.init.zeros_(module.head_bias)
+        """Products that read the residual stream start at C^-0.5, those that write to it at zero.
+
+        All at once, for the whole model: transformers passes over a module of ours that holds no parameter itself.
+        """
+        if module is not self:
+            return
+        nn.init.normal_(self.embed.weight, std=0.05)
+        nn.init.zeros_(self.head_bias)
+        for norm in self.modules():
+            if isinstance(norm, nn.RMSNorm):
+                nn.init.ones_(norm.weight)
+        for block in self.blocks:
+            for reads in (block.attention.qkv, block.ffn.up):
+                nn.init.normal_(reads.weight, std=self.config.dim**-0.5)
+            for writes in (block.attention.out, block.ffn.down):
+                nn.init.zeros_(writes.weight)
+            for name, start in block.ffn.activation.learned.items():
+                nn.init.constant_(block.ffn.learned[name], start)
 
     @torch.no_grad()
     def start_head_at(self, frequency: Tensor) -> None:

@@ -171,6 +171,25 @@ def test_log_probabilities_of_each_head_sum_to_one():
     assert log_probabilities(logits, "sigmoid").exp()[0, 0].item() == pytest.approx(s[0] / sum(s), rel=1e-5)
 
 
+def test_every_weight_starts_as_the_recipe_says(tmp_path):
+    """transformers passes over modules without parameters of their own, and torch's defaults would stand unseen."""
+    torch.manual_seed(0)
+    model = ActuaryGPT(ActuaryConfig("swish", dim=128))
+    for block in model.blocks:
+        assert block.ffn.learned["beta"].item() == 1.0
+        assert not block.ffn.down.weight.any()
+        assert not block.attention.out.weight.any()
+        for reads in (block.ffn.up, block.attention.qkv):
+            assert reads.weight.std().item() == pytest.approx(128**-0.5, rel=0.02)
+    assert model.embed.weight.std().item() == pytest.approx(0.05, rel=0.02)
+    assert not model.head_bias.any()
+    assert all((m.weight == 1).all() for m in model.modules() if isinstance(m, torch.nn.RMSNorm))
+    torch.nn.init.constant_(model.blocks[0].ffn.learned["beta"], 3.0)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)  # and reading a checkpoint starts nothing anew
+    assert [block.ffn.learned["beta"].item() for block in again.blocks] == [3.0, 1.0]
+
+
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
 def test_a_fresh_model_says_the_unigram(head: str):
     """Blocks write zeros at the start; a small embedding leaves the prior standing."""

@@ -1,0 +1,37 @@
+"""Writes what the documents repeat of the code, so that it cannot go stale: the README's table of activations.
+
+Run by `make docs`; tests/test_docs.py fails when a document is stale.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from export.catalogue import describe
+from models.activations import registry
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def activation_table() -> str:
+    """Our own records as Markdown; those of installed packages are theirs to document."""
+    rows = ["| name | kind | formula | paper |", "|---|---|---|---|"]
+    for record in registry().values():
+        info = describe(record)
+        kind = info.kind.replace("_", " ") + "".join(f", {name} from {start:g}" for name, start in info.learned.items())
+        rows.append(f"| {info.name} | {kind} | `{info.formula}` | {info.paper} |")
+    return "\n".join(rows)
+
+
+def readme() -> str:
+    """The README with its generated block written anew."""
+    text = README.read_text(encoding="utf-8")
+    block = re.compile(r"(<!-- activations: [^\n]*-->\n).*?(<!-- /activations -->)", re.DOTALL)
+    if not block.search(text):
+        raise ValueError(f"{README} has lost its activations block; put its two comment lines back")
+    return block.sub(lambda match: f"{match[1]}\n{activation_table()}\n\n{match[2]}", text)
+
+
+if __name__ == "__main__":
+    README.write_text(readme(), encoding="utf-8")

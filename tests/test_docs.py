@@ -1,0 +1,61 @@
+"""The README cannot go stale: its table, its commands, its curl line and its file map against the code."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import click
+import httpx
+import pytest
+
+import actuary
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.partition("  #")[0].strip() for line in re.findall(r"^actuary .*$", README, re.MULTILINE)]
+
+
+def test_generated_parts_are_fresh():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert generate.readme() == README, "README.md is stale; run: make docs"
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_of_the_readme_is_one(line: str):
+    """Its verb, options and values parse; what it names on disk need not be there."""
+    _, verb, *arguments = shlex.split(line)
+    with click.Context(actuary.cli) as ctx:
+        command = actuary.cli.get_command(ctx, verb)
+        assert command is not None, f"no verb {verb}"
+        for parameter in command.params:
+            if isinstance(parameter.type, click.Path):
+                parameter.type.exists = False
+        command.make_context(verb, list(arguments))
+
+
+def test_the_readme_has_commands_at_all():
+    assert {shlex.split(line)[1] for line in COMMANDS} == set(actuary.VERBS)
+
+
+def test_the_curl_line_answers(server_url):
+    body = json.loads(re.search(r"-d '(\{.*?\})'", README)[1])
+    answer = httpx.post(f"{server_url}/v1/next-token", json=body)
+    assert answer.status_code == 200, answer.text
+    assert [result["model"] for result in answer.json()["results"]] == body["model"]
+
+
+def test_every_file_that_the_readme_names_is_there():
+    for name in set(re.findall(r"`((?:models|export|service|loadtest|deploy|docs|tests)/[\w./]*)`", README)) | {"docs/page.png", "LICENSE"}:
+        assert (ROOT / name).exists(), name
+
+
+def test_every_make_target_of_the_readme_is_one():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make ([a-z]+)", README)) - {"a"}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
