@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -186,5 +185,5 @@ def read_catalogue(folder: Path) -> list[ActivationInfo]:
         return []
     try:
         return Catalogue.model_validate_json(path.read_bytes()).activations
-    except (ValidationError, json.JSONDecodeError) as error:
+    except (ValidationError, OSError) as error:
         raise BadInput(f"{path} cannot be read: {error}; delete it or export again") from error

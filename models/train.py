@@ -73,7 +73,7 @@ class Recipe:
     gated_width: Literal["matched", "full"] = "matched"
     matrix_lr: float = 6e-3
     matrix_weight_decay: float = 0.1
-    vector_lr: float = 5e-3  # embeddings, gains, biases, learned activation scalars; not decayed
+    vector_lr: float = 1e-2  # embeddings, gains, biases, learned activation scalars; not decayed
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
     warm_up: float = 0.05  # shares of the steps

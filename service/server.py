@@ -49,7 +49,7 @@ def serve_until_stopped(settings: Settings, listener: socket.socket) -> None:
 
 def _announce(service: Service, port: int) -> None:
     settings, library = service.settings, service.library
-    host = "localhost" if settings.host in ("0.0.0.0", "::", "127.0.0.1", "::1") else settings.host
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(settings.host, settings.host)
     for variant in library.variants.values():
         manifest = variant.manifest
         click.echo(
@@ -61,5 +61,7 @@ def _announce(service: Service, port: int) -> None:
         click.echo(f"  refused {bundle.name}: {bundle.reason}", err=True)
     if service.no_cuda:
         click.echo(f"  on the CPU, since CUDA does not run here: {service.no_cuda}", err=True)
-    count = len(library.variants)
-    click.echo(f"actuary: serving {count} variants on http://{host}:{port}/ (docs at /docs)", err=True)
+    url, body = f"http://{host}:{port}", '{"model": "*", "prompt": "if x is not", "top_k": 3}'
+    count = f"{len(library.variants)} variant" + "s" * (len(library.variants) != 1)
+    click.echo(f"actuary: {count} on {url}/ (the page), {url}/docs; try it:", err=True)
+    click.echo(f"  curl -s {url}/v1/next-token -H 'content-type: application/json' -d '{body}'", err=True)

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 import click
-import httpx
+import httpx2 as httpx
 import pytest
 
 import actuary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-import httpx
+import httpx2 as httpx
 import onnx
 import pytest
 from conftest import TINY, serving

@@ -106,7 +106,7 @@ def test_it_says_what_serves_what_is_refused_and_where(bundles: Path, tmp_path: 
         assert httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 200, "it serves once it says so"
         process.send_signal(signal.SIGINT)
     assert process.returncode == 0
-    assert f"serving 2 variants on http://localhost:{port}/" in said
+    assert f"2 variants on http://127.0.0.1:{port}/" in said
     assert "gelu-sigmoid-head: gelu, sigmoid head, fp32" in said
     assert "refused swiglu: " in said
 
