@@ -1,4 +1,4 @@
-"""On a CUDA device: the service gives the CPU's numbers, and training runs there. Skipped, with the reason, elsewhere."""
+"""On a CUDA device: the service gives the CPU's numbers, and training runs there. Elsewhere skipped, with the reason."""
 
 from __future__ import annotations
 

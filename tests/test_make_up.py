@@ -1,0 +1,111 @@
+"""The README's first command, and what the default recipe must have learned. The slowest file: it trains for real."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+from conftest import ACTUARY, free_port, serving
+
+ROOT = Path(__file__).parent.parent
+VENV = Path(sys.prefix)
+DEFAULT_SET = {"gelu", "silu", "swiglu", "relu", "sigmoid", "gelu-sigmoid-head"}
+
+
+@contextlib.contextmanager
+def make_up(artifacts: Path, steps: int, limit_s: float) -> Iterator[tuple[str, list[str]]]:
+    """`make up` until it serves: its URL and the lines that it said. The environment is there already (-o)."""
+    port = free_port()
+    command = [
+        "make",
+        "-o",
+        f"{VENV}/.installed",
+        "up",
+        f"VENV={VENV}",
+        f"ARTIFACTS={artifacts}",
+        f"STEPS={steps}",
+        f"PORT={port}",
+    ]
+    log = artifacts.parent / f"{port}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "NO_COLOR": "1", "MAKEFLAGS": ""},
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + limit_s
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/health/ready").status_code == 200 and "curl -s" in log.read_text():
+                    break
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield url, log.read_text().splitlines()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)  # Ctrl-C, as the terminal sends it
+        process.wait(30)
+
+
+def test_make_up_trains_exports_serves_and_a_second_one_only_serves(tmp_path):
+    artifacts = tmp_path / "artifacts"
+    with make_up(artifacts, steps=10, limit_s=300) as (url, said):
+        assert {model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]} == DEFAULT_SET
+        assert any(f"{url}/ (the page)" in line for line in said)
+        (curl,) = [line for line in said if line.strip().startswith("curl ")]
+        answer = subprocess.run(shlex.split(curl), capture_output=True, text=True, timeout=30)
+        assert {result["model"] for result in json.loads(answer.stdout)["results"]} == DEFAULT_SET
+    before = {path: path.stat().st_mtime_ns for path in artifacts.rglob("*") if path.is_file()}
+    start = time.monotonic()
+    with make_up(artifacts, steps=10, limit_s=60):
+        seconds = time.monotonic() - start
+    assert {path: path.stat().st_mtime_ns for path in artifacts.rglob("*") if path.is_file()} == before
+    assert seconds < 10, f"the second `make up` served after {seconds:.1f} s"
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> dict[str, dict]:
+    """What gelu and gelu-sigmoid-head, trained by the default recipe, say after `if x is not`, over HTTP."""
+    folder = tmp_path_factory.mktemp("default")
+    for arguments in (
+        ["train", "--activations", "gelu,gelu-sigmoid-head", "--out", "checkpoints"],
+        ["export", "checkpoints", "--out", "bundles"],
+    ):
+        done = subprocess.run([*ACTUARY, *arguments], cwd=folder, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    with serving(folder / "bundles") as (url, _):
+        body = {"model": "*", "prompt": ["if x is not", "        return self", "import", "def __init__("], "top_k": 3}
+        results = httpx.post(f"{url}/v1/next-token", json=body).json()["results"]
+    return {name: [result for result in results if result["model"] == name] for name in ("gelu", "gelu-sigmoid-head")}
+
+
+def test_none_comes_first_after_if_x_is_not(answers):
+    first = {name: results[0]["top"][0]["text"] for name, results in answers.items()}
+    assert " None" in first.values(), first
+
+
+def test_sigmoid_s_mass_is_about_1_where_it_was_trained_and_arbitrary_where_not(answers):
+    trained = [result["sigmoid"]["mass"] for result in answers["gelu-sigmoid-head"]]
+    arbitrary = [result["sigmoid"]["mass"] for result in answers["gelu"]]
+    assert all(0.4 < mass < 2.5 for mass in trained), trained
+    assert sum(trained) / len(trained) == pytest.approx(1, abs=0.35)
+    assert sum(arbitrary) / len(arbitrary) > 2, arbitrary
+    assert all(
+        result["softmax"]["mass"] == pytest.approx(1, abs=1e-4) for results in answers.values() for result in results
+    )
