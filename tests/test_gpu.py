@@ -1,4 +1,4 @@
-"""On a CUDA device: the service gives the CPU's numbers, and training runs there. Elsewhere skipped, with the reason."""
+"""On a CUDA device: the service gives the CPU's numbers, and training runs. Elsewhere skipped, with the reason."""
 
 from __future__ import annotations
 
