@@ -26,12 +26,11 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from actuary import ActuaryError, BadInput
-from models.corpus import Corpus, Ids
+from models.corpus import Corpus
 from models.files import new_folder, write_atomically
 from models.gpt import ActuaryConfig, ActuaryGPT, log_probabilities
+from models.quality import held_out_quality
 
-ECE_BINS = 15
-EVAL_WINDOWS = 16  # a batch of logits [16, 128, 2048] is 17 MB
 SAVE_EVERY_S = 20.0
 REPORT_EVERY = 10
 UNFINISHED = ".unfinished"  # inside the output folder: states of variants that were stopped
@@ -246,7 +245,7 @@ def train_variant(
     seconds = time.monotonic() - started
     quality: dict[str, Any] = {}
     if accelerator.is_main_process:
-        bits_per_byte, ece, mass = evaluate(model, ids)
+        bits_per_byte, ece, mass = held_out_quality(model, ids)
         quality = {
             "bits_per_byte": bits_per_byte,
             "ece": ece,
@@ -269,40 +268,3 @@ def _batch_nats(logits: Tensor, batch: Tensor, head: Literal["softmax", "sigmoid
     """Mean nats per token of a batch's logits [B, T, V] for ids [B, T + 1]."""
     with torch.inference_mode():
         return -float(log_probabilities(logits, head).gather(-1, batch[:, 1:, None]).mean())
-
-
-@torch.inference_mode()
-def evaluate(model: ActuaryGPT, ids: Ids) -> tuple[float, float, float]:
-    """Held-out bits per byte, expected calibration error, and mean mass of the sigmoids.
-
-    Every held-out token counts once, predicted from the window of `context` tokens that it stands in. The
-    ECE (Guo et al. 2017, 15 equal bins) is of the likeliest token: of its softmax, or under the sigmoid head of
-    its raw sigmoid.
-    """
-    model.eval()
-    head, T = model.config.head, model.config.context
-    device = model.embed.weight.device
-    nats, mass, total = 0.0, 0.0, 0
-    bins = np.zeros((3, ECE_BINS))  # count, confidence, hits
-    pieces = [ids.held_out[start : start + T + 1] for start in range(0, len(ids.held_out) - 1, T)]
-    whole = len(pieces) - (len(pieces[-1]) <= T)  # a last window that is short goes alone
-    groups = [pieces[i : min(i + EVAL_WINDOWS, whole)] for i in range(0, whole, EVAL_WINDOWS)]
-    groups += [pieces[whole:]] if whole < len(pieces) else []
-    for group in groups:
-        batch = torch.from_numpy(np.stack(group)).long().to(device)
-        logits = model.logits(model.hidden_states(batch[:, :-1]))
-        log_p, targets = log_probabilities(logits, head), batch[:, 1:]
-        nats -= float(log_p.gather(-1, targets[..., None]).double().sum())
-        sigmoids = torch.sigmoid(logits)
-        mass += float(sigmoids.double().sum())
-        total += targets.numel()
-        likeliest = log_p.argmax(-1, keepdim=True)
-        confidence = (
-            (log_p.exp() if head == "softmax" else sigmoids).gather(-1, likeliest)[..., 0].cpu().numpy().ravel()
-        )
-        hits = (likeliest[..., 0] == targets).cpu().numpy().ravel()
-        which = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
-        for row, weights in enumerate((None, confidence, hits)):
-            bins[row] += np.bincount(which, weights=weights, minlength=ECE_BINS)
-    ece = float(np.abs(bins[1] - bins[2]).sum() / total)
-    return nats / math.log(2) / ids.held_out_bytes, ece, mass / total

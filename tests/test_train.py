@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from actuary import BadInput
 from models.corpus import Ids
 from models.gpt import ActuaryConfig, ActuaryGPT
-from models.train import Diverged, Recipe, Stopped, Variant, evaluate, finished, train_variant, windows
+from models.quality import held_out_quality
+from models.train import Diverged, Recipe, Stopped, Variant, finished, train_variant, windows
 from models.trainer import to_train, train_all
 
 RECIPE = Recipe(steps=24, batch=2, layers=1, dim=32, heads=2, context=32, vocab=300)
@@ -154,7 +155,7 @@ def test_held_out_figures_by_hand(tokens: int):
         model.head_bias.copy_(prior.log())
     held_out = np.random.default_rng(0).integers(0, V, size=tokens).astype(np.int32)
     ids = Ids(held_out, held_out, train_bytes=99, held_out_bytes=50)
-    bits, ece, mass = evaluate(model, ids)
+    bits, ece, mass = held_out_quality(model, ids)
     assert bits == pytest.approx(-np.log2(prior.numpy()[held_out[1:]]).sum() / 50, rel=1e-5)
     assert ece == pytest.approx(abs(0.5 - (held_out[1:] == 0).mean()), abs=1e-6)
     assert mass == pytest.approx(float(torch.sigmoid(prior.log()).sum()), rel=1e-5)
