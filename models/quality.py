@@ -1,4 +1,4 @@
-"""What a trained model is worth on text that it has not seen: bits per byte, calibration, and the mass of its sigmoids."""
+"""What a trained model is worth on text it has not seen: bits per byte, calibration, and the mass of its sigmoids."""
 
 from __future__ import annotations
 
