@@ -34,40 +34,30 @@ PACKAGES = ("actuary", "locust", "gevent", "geventhttpclient", "numpy", "plotly"
 RESULT, REPORT = "result.json", "report.html"
 
 
-class _Positive(click.ParamType[float]):
-    name = "number"
+class _Finite(click.FloatRange):
+    """click's own range lets NaN and infinity through."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            return planning.positive(str(value))
-        except ValueError:
-            self.fail(f"{value!r} is not a finite number above 0", param, ctx)
-
-
-class _NotNegative(click.ParamType[float]):
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not (math.isfinite(number) and number >= 0):
-            self.fail(f"{value!r} is not a finite number of at least 0", param, ctx)
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
         return number
+
+
+_POSITIVE = _Finite(min=0, min_open=True)
 
 
 @click.command()
 @click.option("--url", default=planning.DEFAULT_URL, show_default=True, help="The server.")
 @click.option("--models", metavar="A,B", help="Variants to ask.  [default: all that the server lists]")
 @click.option("--users", type=click.IntRange(1, 10_000), help="Users at once.  [default: 8; with --rate, one per 1/s]")
-@click.option("--rate", type=_Positive(), help="Constant arrivals per second, of all variants together.")
-@click.option("--duration", type=_Positive(), default=30.0, show_default=True, help="Seconds measured.")
-@click.option("--warmup", type=_NotNegative(), default=3.0, show_default=True, help="Seconds before, discarded.")
+@click.option("--rate", type=_POSITIVE, help="Constant arrivals per second, of all variants together.")
+@click.option("--duration", type=_POSITIVE, default=30.0, show_default=True, help="Seconds measured.")
+@click.option("--warmup", type=_Finite(min=0), default=3.0, show_default=True, help="Seconds before, discarded.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="One per line, text or .jsonl.  [default: built in]")
 @click.option("--top-k", type=click.IntRange(0), default=10, show_default=True, help="Tokens asked for.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of requests.")
-@click.option("--timeout", type=_Positive(), default=30.0, show_default=True, help="Seconds until one failed.")
+@click.option("--timeout", type=_POSITIVE, default=30.0, show_default=True, help="Seconds until one failed.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the result here too; - is standard output.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: artifacts/load/<time>]")
 @click.option("--html/--no-html", default=True, show_default=True, help="Draw report.html.")
@@ -117,8 +107,7 @@ def load(
     )
     started = datetime.datetime.now(datetime.UTC)
     folder = (out or Path("artifacts/load") / started.strftime("%Y%m%dT%H%M%S.%fZ")).absolute()
-    _check_destinations(folder, json_file)
-    folder.mkdir(parents=True, exist_ok=True)
+    _prepare_destinations(folder, json_file)
 
     interrupted, status = run_locust(plan, prompts, folder)
     samples = read_samples(folder / SAMPLES) if (folder / SAMPLES).is_file() else []
@@ -147,14 +136,23 @@ def load(
         raise ActuaryError(f"every request failed: {_reasons(result['rows'])}")
 
 
-def _check_destinations(folder: Path, json_file: str | None) -> None:
-    """Everything that would fail after the run, before it."""
-    if (folder / SAMPLES).exists() or (folder / RESULT).exists():
-        raise BadInput(f"--out {folder} already holds a run; name another folder")
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"--out {folder} is a file; name a folder")
-    if json_file and json_file != "-" and not Path(json_file).absolute().parent.is_dir():
-        raise BadInput(f"--json {json_file}: the folder {Path(json_file).absolute().parent} does not exist")
+def _prepare_destinations(folder: Path, json_file: str | None) -> None:
+    """Makes `folder`; what would fail after the run fails here, before it."""
+    try:
+        if json_file and json_file != "-":
+            path = Path(json_file).absolute()
+            if path.is_dir():
+                raise BadInput(f"--json {json_file} is a folder; name a file")
+            _part(path).touch()
+            _part(path).unlink()
+    except OSError as error:
+        raise BadInput(f"--json {json_file} cannot be written: {error}; name a file in a folder of yours") from error
+    try:
+        if (folder / SAMPLES).exists() or (folder / RESULT).exists():
+            raise BadInput(f"--out {folder} already holds a run; name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {folder} cannot be made: {error}; name a folder where you may write") from error
 
 
 def _result(
@@ -190,7 +188,7 @@ def _result(
         "percentile_method": f"numpy {PERCENTILE_METHOD}",
         "rows": rows,
         "total": summarise("all", measured, window_s),
-        "client": judge_client(measured, plan, window_s, cpu_share),
+        "client": judge_client(measured, plan, window_s, cpu_share, client["unanswered"]),
         "machine": _machine(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
@@ -207,8 +205,8 @@ def _repeat(plan: Plan, prompts: Path | None) -> str:
         "--users",
         str(plan.users),
     ]
-    words += ["--rate", f"{plan.rate:g}"] if plan.rate is not None else []
-    words += ["--duration", f"{plan.duration_s:g}", "--warmup", f"{plan.warmup_s:g}"]
+    words += ["--rate", str(plan.rate)] if plan.rate is not None else []
+    words += ["--duration", str(plan.duration_s), "--warmup", str(plan.warmup_s), "--timeout", str(plan.timeout_s)]
     words += ["--top-k", str(plan.top_k), "--seed", str(plan.seed)]
     return shlex.join(words + (["--prompts", str(prompts)] if prompts else []))
 
@@ -225,9 +223,12 @@ def _machine() -> dict[str, Any]:
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    _part(path).write_text(text, encoding="utf-8")
+    _part(path).replace(path)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
 
 
 def _tail(path: Path) -> str:
@@ -241,14 +242,12 @@ def _reasons(rows: list[dict[str, Any]]) -> str:
 def _print(result: dict[str, Any], folder: Path, console: Console) -> None:
     caption = f"latency in ms, {result['percentile_method']} percentiles; infer: the server's own time"
     table = Table(title=report.headline(result), caption=caption, box=None, padding=(0, 1, 0, 0))
-    table.add_column("variant", no_wrap=True, min_width=8)
-    for heading in ("requests", "failures", "req/s", "p50", "p90", "p99", "mean", "infer p50"):
+    variant, *numbers = report.HEADINGS
+    table.add_column(variant, no_wrap=True, min_width=8)
+    for heading in numbers:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in [*result["rows"], result["total"]]:
-        latency = row["latency_ms"]
-        cells = [str(row["requests"]), str(row["failures"]), f"{row['requests_per_s']:.1f}"]
-        cells += [report.ms(latency[name]) for name in ("p50", "p90", "p99", "mean")]
-        table.add_row(row["model"], *cells, report.ms(row["server_ms"]["infer"]["p50"]))
+        table.add_row(*report.cells(row))
     console.print(table)
     if any(row["failures"] for row in result["rows"]):
         console.print(f"failures: {_reasons(result['rows'])}", markup=False)

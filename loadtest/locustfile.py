@@ -7,12 +7,15 @@ Run by `actuary load`, or by hand, with Locust's web UI or on many machines:
     locust -f loadtest/locustfile.py --worker --master-host 192.0.2.1
 
 A worker attaches its samples to the reports that Locust sends to the master anyway; the master,
-or a process that is alone, writes them to --samples.
+or a process that is alone, writes them to --samples: the first test to that file, a later one (from the
+web UI, or of a later process) to the next free name, samples-2.csv and so on.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import math
 import time
 from argparse import ArgumentTypeError
@@ -23,12 +26,14 @@ from typing import Any, TextIO
 import gevent  # type: ignore[import-untyped]
 from locust import FastHttpUser, events, task
 from locust.env import Environment
-from locust.exception import StopTest
+from locust.exception import StopTest, StopUser
 from locust.runners import MasterRunner, WorkerRunner
 
 from actuary import BadInput
 from loadtest import plan
 from loadtest.samples import SERVER_TIMES, Sample, write_header, write_samples
+
+log = logging.getLogger(__name__)
 
 FLUSH_S = 0.5
 # The event loop sleeps whole milliseconds, rounded up. Waking one early and yielding until the time has
@@ -64,8 +69,13 @@ class Load:
         # Workers take turns rather than send together.
         self.next_arrival_s = getattr(environment.runner, "worker_index", 0) / self.rate if self.rate else 0.0
         self.cpu_began = time.process_time()
-        self.stopped_after_s: float | None = None
+        self.stopping = False
         self.pending: list[Sample] = []
+        self.sent = 0
+
+    def spent(self) -> dict[str, float]:
+        """What this process did for the load so far, beside the samples."""
+        return {"cpu_s": time.process_time() - self.cpu_began, "sent": self.sent}
 
     def now_s(self) -> float:
         return time.perf_counter() - self.began
@@ -90,13 +100,16 @@ class _Node:
         self.path: Path | None = None
         self.began = 0.0
         self.stopped_after_s: float | None = None
-        self.worker_cpu_s: dict[str, float] = {}
+        self.workers: dict[str, dict[str, float]] = {}  # what each has spent
 
     def open(self, samples: str) -> None:
         self.close()
-        self.began, self.stopped_after_s, self.worker_cpu_s = time.perf_counter(), None, {}
-        self.path = Path(samples)
-        self.file = self.path.open("w", encoding="utf-8", newline="")
+        self.began, self.stopped_after_s, self.workers = time.perf_counter(), None, {}
+        given = Path(samples)
+        numbered = (given.with_stem(f"{given.stem}-{number}") for number in itertools.count(2))
+        self.path = next(path for path in itertools.chain([given], numbered) if not path.exists())
+        log.info("samples go to %s", self.path)
+        self.file = self.path.open("x", encoding="utf-8", newline="")
         write_header(self.file)
         self.file.flush()
         gevent.spawn(self._flush_for_ever, self.file)
@@ -118,11 +131,12 @@ class _Node:
         self.flush()
         self.file.close()
         self.file = None
-        cpu_s = self.worker_cpu_s or ({"w0": time.process_time() - self.load.cpu_began} if self.load else {})
+        workers = self.workers or ({"w0": self.load.spent()} if self.load else {})
         facts = {
             "stopped_after_s": self.stopped_after_s or time.perf_counter() - self.began,
             "lasted_s": time.perf_counter() - self.began,
-            "cpu_s": cpu_s,
+            "cpu_s": {worker: spent["cpu_s"] for worker, spent in workers.items()},
+            "sent": {worker: spent["sent"] for worker, spent in workers.items()},
         }
         self.path.with_suffix(".client.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
@@ -145,7 +159,12 @@ def _options(parser: Any) -> None:
     group.add_argument("--prompts", default="", help="A file with one prompt per line, text or .jsonl.")
     group.add_argument("--top-k", type=int, default=10, help="How many of the likeliest tokens to ask for.")
     group.add_argument("--seed", type=int, default=0, help="Of the order of variants and prompts.")
-    group.add_argument("--samples", default="", help="Write every raw sample to this CSV (not on a worker).")
+    group.add_argument(
+        "--samples",
+        default="",
+        help="Write every raw sample to this CSV, or where it exists to one with the next free number "
+        "(not on a worker).",
+    )
     # Locust's own --run-time takes whole seconds, and counts them from before there are users.
     group.add_argument("--stop-after", type=_number, default=None, help="Quit so many seconds after the start.")
     group.add_argument("--request-timeout", type=_number, default=30.0, help="Seconds until a request failed.")
@@ -176,6 +195,8 @@ def _start(environment: Environment, **_: Any) -> None:
 @events.test_stopping.add_listener
 def _stopping(**_: Any) -> None:
     node.stopped_after_s = time.perf_counter() - node.began
+    if node.load:
+        node.load.stopping = True
 
 
 @events.test_stop.add_listener
@@ -193,16 +214,15 @@ def _quit(**_: Any) -> None:
 def _report(data: dict[str, Any], **_: Any) -> None:
     if node.load:
         ready, node.load.pending = node.load.pending, []
-        cpu_s = time.process_time() - node.load.cpu_began
-        data["actuary"] = {"samples": [list(sample) for sample in ready], "cpu_s": cpu_s}
+        data["actuary"] = {"samples": [list(sample) for sample in ready], **node.load.spent()}
 
 
 @events.worker_report.add_listener
 def _receive(client_id: str, data: dict[str, Any], **_: Any) -> None:
     report = data.get("actuary")
     if report and node.file:
-        write_samples(node.file, report["samples"])
-        node.worker_cpu_s[client_id] = report["cpu_s"]
+        write_samples(node.file, report.pop("samples"))
+        node.workers[client_id] = report
 
 
 @events.request.add_listener
@@ -235,6 +255,7 @@ def _reason(response: Any, error: Exception, timeout_s: float) -> str:
             return f"HTTP {status} {said['message' if ours else 'type']}"[:160]
         except (ValueError, KeyError, TypeError):
             return f"HTTP {status}"
+    error = getattr(error, "original", None) or error  # geventhttpclient puts what happened into another
     if isinstance(error, TimeoutError):
         return f"no answer within {timeout_s:g} s"
     return str(error)[:160] or type(error).__name__
@@ -286,15 +307,19 @@ class NextTokenUser(FastHttpUser):
             self.wait()  # type: ignore[no-untyped-call]  # Locust can end a user here without losing a request
             while self.load.now_s() < self.planned_s:
                 gevent.sleep(0)
+        if self.load.stopping:  # a user that wakes as Locust kills those that wait would send, and be cut off
+            raise StopUser
         model, prompt = next(self.turns)
         at_s = self.load.now_s()
         context = {
             "model": model,
             "prompt": prompt,
+            "planned_s": at_s if self.load.rate is None else self.planned_s,
             "at_s": at_s,
             "late_ms": 0.0 if self.load.rate is None else (at_s - self.planned_s) * 1000,
             "starved": starved,
         }
+        self.load.sent += 1
         with self.client.post(
             "/v1/next-token",
             data=self.load.bodies[model, prompt],

@@ -60,7 +60,8 @@ def positive(text: str) -> float:
 def read_prompts(path: Path) -> tuple[str, ...]:
     """One prompt per line: text, or in `.jsonl` a string or an object with `prompt`. Skips empty lines."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a form feed or U+2028 belongs to the prompt. read_text makes \r\n and \r a \n.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"prompts {path} cannot be read as UTF-8 text: {error}") from error
     prompts = []

@@ -39,8 +39,18 @@ DOTS = 1200  # samples drawn per variant over time; the slowest are among them
 FEW = 1000  # a p99 of fewer answers rests on fewer than ten of them
 
 
+HEADINGS = ("variant", "requests", "failures", "req/s", "p50", "p90", "p99", "mean", "infer p50")
+
+
 def ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """What stands under HEADINGS."""
+    latencies = [ms(row["latency_ms"][name]) for name in ("p50", "p90", "p99", "mean")]
+    counts = [str(row["requests"]), str(row["failures"]), f"{row['requests_per_s']:.1f}"]
+    return [row["model"], *counts, *latencies, ms(row["server_ms"]["infer"]["p50"])]
 
 
 def headline(result: dict[str, Any]) -> str:
@@ -103,14 +113,6 @@ def draw(result: dict[str, Any], samples: Sequence[Sample]) -> str:
     )
 
 
-def _corrected(samples: Sequence[Sample]) -> np.ndarray:
-    return np.array([sample.latency_ms + sample.late_ms for sample in samples])
-
-
-def _planned(samples: Sequence[Sample]) -> np.ndarray:
-    return np.array([sample.at_s - sample.late_ms / 1000 for sample in samples])
-
-
 def _figure(x_title: str, y_title: str, **layout: Any) -> go.Figure:
     figure = go.Figure()
     figure.update_layout(
@@ -150,7 +152,7 @@ def _log_ticks(values: np.ndarray) -> dict[str, Any]:
 
 def _ecdf(good: dict[str, list[Sample]]) -> go.Figure:
     figure = _figure("latency, ms", "share of answers", hovermode="closest")
-    everything = [np.sort(_corrected(samples)) for samples in good.values()]
+    everything = [np.sort([sample.corrected_ms for sample in samples]) for samples in good.values()]
     for index, (model, values) in enumerate(zip(good, everything, strict=True)):
         count = len(values)
         if not count:
@@ -181,7 +183,8 @@ def _over_time(good: dict[str, list[Sample]]) -> go.Figure:
     for index, (model, samples) in enumerate(good.items()):
         if not samples:
             continue
-        at_s, values = _planned(samples), _corrected(samples)
+        at_s = np.array([sample.planned_s for sample in samples])
+        values = np.array([sample.corrected_ms for sample in samples])
         every.append(values)
         slowest = np.argsort(values)[-DOTS // 10 :]
         others = pick.permutation(len(values))[: DOTS - len(slowest)]
@@ -218,7 +221,8 @@ def _rate(result: dict[str, Any], good: dict[str, list[Sample]]) -> go.Figure:
     # Whole seconds only: half a second at the end would look like a fall.
     edges = begin + np.arange(0, int(result["window_s"]) + 1)
     for index, (model, samples) in enumerate(good.items()):
-        counts, _ = np.histogram(_planned(samples), bins=edges) if len(edges) > 1 else (np.array([]), edges)
+        at_s = [sample.planned_s for sample in samples]
+        counts, _ = np.histogram(at_s, bins=edges) if len(edges) > 1 else (np.array([]), edges)
         figure.add_scatter(
             x=edges[:-1] + 0.5,
             y=counts,
@@ -261,18 +265,14 @@ def _parts(result: dict[str, Any]) -> go.Figure:
 
 
 def _table(result: dict[str, Any]) -> str:
-    head = ("variant", "requests", "failures", "req/s", "p50", "p90", "p99", "mean", "infer p50")
     lines = []
     for row in [*result["rows"], result["total"]]:
-        latency = row["latency_ms"]
+        name, *numbers = map(html.escape, cells(row))
         why = "; ".join(f"{count} × {reason}" for reason, count in row["failure_reasons"].items())
-        cells = [str(row["requests"]), str(row["failures"]), f"{row['requests_per_s']:.1f}"]
-        cells += [ms(latency[name]) for name in ("p50", "p90", "p99", "mean")] + [ms(row["server_ms"]["infer"]["p50"])]
-        numbers = "".join(f"<td>{cell}</td>" for cell in cells)
-        lines.append(f"<tr><th>{html.escape(row['model'])}</th>{numbers}</tr>")
+        lines.append(f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in numbers)}</tr>")
         if why and row is not result["total"]:
-            lines.append(f'<tr class="why"><td colspan="{len(head)}">{html.escape(why)}</td></tr>')
-    heads = "".join(f"<th>{name}</th>" for name in head)
+            lines.append(f'<tr class="why"><td colspan="{len(HEADINGS)}">{html.escape(why)}</td></tr>')
+    heads = "".join(f"<th>{name}</th>" for name in HEADINGS)
     body = "".join(lines)
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 

@@ -6,7 +6,9 @@ only reads the samples that the other appends to a file.
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -24,7 +26,6 @@ from loadtest.plan import Plan
 from loadtest.samples import Sample, parse_sample
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
-LAST_ANSWERS_S = 10  # how long after the window Locust waits for answers still on their way
 SAMPLES, LOG = "samples.csv", "locust.log"
 
 
@@ -37,7 +38,8 @@ def _command(plan: Plan, prompts: Path | None, folder: Path) -> list[str]:
         "--stop-after",
         str(stop_s),
         "--stop-timeout",
-        str(LAST_ANSWERS_S),
+        # Whole seconds, as Locust wants them; so the last request sent ends as an answer or a counted timeout.
+        str(math.ceil(plan.timeout_s) + 1),
         "--exit-code-on-error",
         "0",
     ]
@@ -125,7 +127,7 @@ class _Watch:
             self.offset = file.tell()
         *lines, self.rest = text.split("\n")
         for line in lines:
-            sample = parse_sample(line.rstrip("\r").split(","))
+            sample = parse_sample(next(csv.reader([line]), []))
             if sample:
                 self.count += 1
                 self.failed += bool(sample.failure)
@@ -134,14 +136,18 @@ class _Watch:
         said = f"{self.count} requests, {self.failed} failed"
         if self.last:
             said += f", p50 {np.median(self.last):.2f} ms"
-        phase = "warm-up" if elapsed_s < self.plan.warmup_s else "measuring"
+        end_s = self.plan.warmup_s + self.plan.duration_s
+        phase = (
+            "warm-up" if elapsed_s < self.plan.warmup_s else "measuring" if elapsed_s < end_s else "the last answers"
+        )
         self.progress.update(self.task, description=phase, completed=elapsed_s, said=said)
 
 
 def client_facts(samples_file: Path, samples: list[Sample]) -> dict[str, Any]:
-    """How long the load lasted and what it cost; from the samples alone where Locust was killed."""
+    """How long the load lasted, what it cost, what it left unanswered; from the samples alone where Locust died."""
     try:
         facts: dict[str, Any] = json.loads(samples_file.with_suffix(".client.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        facts = {"stopped_after_s": max(sample.at_s for sample in samples), "lasted_s": None, "cpu_s": {}}
-    return facts
+        facts = {"stopped_after_s": max(sample.at_s for sample in samples), "lasted_s": None, "cpu_s": {}, "sent": {}}
+    sent = facts["sent"].values()
+    return facts | {"unanswered": sum(sent) - len(samples) if sent else None}

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TextIO
+from typing import Any, Final, NamedTuple, TextIO, get_type_hints
 
 import numpy as np
 
@@ -20,6 +20,7 @@ PERCENTILE_METHOD: Final = (
     "linear"  # of numpy.percentile: between the two nearest order statistics (Hyndman and Fan's 7)
 )
 SERVER_TIMES = ("queue", "tokenize", "infer", "total")
+DIGITS = 4  # of every number in the file: 0.1 us in a latency, 0.1 ms in a time since the load began
 
 # A plan is kept when at least this share of the planned requests left, and the rest left on time.
 KEPT_SHARE = 0.99
@@ -30,7 +31,8 @@ class Sample(NamedTuple):
     """One request. Times in ms; NaN where the answer did not say."""
 
     worker: str  # which Locust worker sent it
-    at_s: float  # when it left, since the load began on that worker
+    planned_s: float  # when it was to leave, since the load began on that worker
+    at_s: float  # when it left; the same in a closed loop
     model: str
     prompt: int  # which of the prompts
     latency_ms: float  # from when it left until its answer was read whole
@@ -42,6 +44,14 @@ class Sample(NamedTuple):
     total_ms: float
     failure: str  # empty where it went well
 
+    @property
+    def corrected_ms(self) -> float:
+        """From its planned time until its answer was read, so that a stall is paid by all who were due in it."""
+        return self.latency_ms + self.late_ms
+
+
+_KINDS = tuple(get_type_hints(Sample).values())
+
 
 def write_header(file: TextIO) -> None:
     csv.writer(file).writerow(Sample._fields)
@@ -49,7 +59,7 @@ def write_header(file: TextIO) -> None:
 
 def write_samples(file: TextIO, samples: Iterable[Sequence[Any]]) -> None:
     """Appends and flushes, so that a run that is killed leaves what it measured."""
-    rounded = ([round(cell, 4) if isinstance(cell, float) else cell for cell in sample] for sample in samples)
+    rounded = ([round(cell, DIGITS) if isinstance(cell, float) else cell for cell in sample] for sample in samples)
     csv.writer(file).writerows(rounded)
     file.flush()
 
@@ -59,22 +69,7 @@ def parse_sample(cells: Sequence[str]) -> Sample | None:
     if len(cells) != len(Sample._fields):
         return None
     try:
-        numbers = [float(cells[i]) for i in (1, 4, 5, 7, 8, 9, 10)]
-        at_s, latency, late, queue, tokenize, infer, total = numbers
-        return Sample(
-            cells[0],
-            at_s,
-            cells[2],
-            int(cells[3]),
-            latency,
-            late,
-            int(cells[6]),
-            queue,
-            tokenize,
-            infer,
-            total,
-            cells[11],
-        )
+        return Sample(*(kind(cell) for kind, cell in zip(_KINDS, cells, strict=True)))
     except ValueError:
         return None
 
@@ -88,8 +83,9 @@ def read_samples(path: Path) -> list[Sample]:
 
 def in_window(samples: Iterable[Sample], plan: Plan, window_s: float) -> list[Sample]:
     """The samples whose planned time lies after the warm-up and inside the window."""
-    begin, end = plan.warmup_s, plan.warmup_s + window_s
-    return [sample for sample in samples if begin <= sample.at_s - sample.late_ms / 1000 < end]
+    # Rounded as the samples are: 0.1 + 0.2 is more than 0.3, and would take in the first request after it.
+    begin, end = round(plan.warmup_s, DIGITS), round(plan.warmup_s + window_s, DIGITS)
+    return [sample for sample in samples if begin <= sample.planned_s < end]
 
 
 def _spread(values: np.ndarray) -> dict[str, float | None]:
@@ -104,21 +100,19 @@ def _spread(values: np.ndarray) -> dict[str, float | None]:
 def summarise(model: str, samples: Sequence[Sample], window_s: float) -> dict[str, Any]:
     """One row. Latencies are of the answers that went well; `requests` counts the failed ones too.
 
-    `latency_ms` counts from the planned time, so that a stall is paid by all who were due in it;
-    `uncorrected_ms` from when the request left. In a closed loop they are the same.
+    `latency_ms` counts from the planned time, `uncorrected_ms` from when the request left. In a closed
+    loop they are the same.
     """
     good = [sample for sample in samples if not sample.failure]
     reasons = Counter(sample.failure for sample in samples if sample.failure)
-    uncorrected = np.array([sample.latency_ms for sample in good])
-    late = np.array([sample.late_ms for sample in good])
     return {
         "model": model,
         "requests": len(samples),
         "failures": len(samples) - len(good),
         "failure_reasons": dict(reasons.most_common()),
         "requests_per_s": round(len(good) / window_s, 3),
-        "latency_ms": _spread(uncorrected + late),
-        "uncorrected_ms": _spread(uncorrected),
+        "latency_ms": _spread(np.array([sample.corrected_ms for sample in good])),
+        "uncorrected_ms": _spread(np.array([sample.latency_ms for sample in good])),
         "server_ms": {
             name: _spread(np.array([t for s in good if not math.isnan(t := getattr(s, f"{name}_ms"))]))
             for name in SERVER_TIMES
@@ -126,8 +120,13 @@ def summarise(model: str, samples: Sequence[Sample], window_s: float) -> dict[st
     }
 
 
-def judge_client(samples: Sequence[Sample], plan: Plan, window_s: float, cpu_share: float | None) -> dict[str, Any]:
-    """Whether the load that was planned is the load that was sent, and if not, whose fault it was."""
+def judge_client(
+    samples: Sequence[Sample], plan: Plan, window_s: float, cpu_share: float | None, unanswered: int | None = None
+) -> dict[str, Any]:
+    """Whether the load that was planned is the load that was sent, and if not, whose fault it was.
+
+    `unanswered` requests were sent and left no sample; None where Locust did not live to count them.
+    """
     late = _spread(np.array([sample.late_ms for sample in samples]))
     timer_late = _spread(np.array([sample.late_ms for sample in samples if not sample.starved]))
     starved = sum(sample.starved for sample in samples)
@@ -135,6 +134,7 @@ def judge_client(samples: Sequence[Sample], plan: Plan, window_s: float, cpu_sha
         "mode": "closed loop" if plan.rate is None else "constant arrivals",
         "planned": None if plan.rate is None else round(plan.rate * window_s),
         "sent": len(samples),
+        "unanswered": unanswered,
         "late_ms": late,
         "starved": starved,
         "cpu_share": None if cpu_share is None else round(cpu_share, 3),
@@ -146,11 +146,18 @@ def judge_client(samples: Sequence[Sample], plan: Plan, window_s: float, cpu_sha
             f"the load generator used {cpu_share:.0%} of a core: its own latency is in these figures; "
             "lower the load or spread it with locust --master and --worker"
         )
+    if unanswered:
+        verdict["said"].append(
+            f"{unanswered} requests had neither an answer nor a timeout when the run was cut off; "
+            "they are in none of these figures, which look better than they are"
+        )
     if plan.rate is None:
         return verdict
-    short = len(samples) < KEPT_SHARE * plan.rate * window_s
+    # One may fall outside at either end of the window, which of 30 is already more than the share.
+    short = len(samples) < math.floor(KEPT_SHARE * verdict["planned"]) - 1
+    often_starved = starved > (1 - KEPT_SHARE) * len(samples)
     timer_is_late = (timer_late["p99"] or 0.0) > LATE_BOUND_MS
-    if starved > (1 - KEPT_SHARE) * max(len(samples), 1):
+    if often_starved:
         verdict["said"].append(
             f"{starved} of {len(samples)} requests found all {plan.users} users waiting for an answer: "
             f"the server is too slow for {plan.rate:g}/s, and the wait is in the latencies; lower --rate or "
@@ -163,5 +170,5 @@ def judge_client(samples: Sequence[Sample], plan: Plan, window_s: float, cpu_sha
         )
     if short:
         verdict["said"].append(f"{len(samples)} of {verdict['planned']} planned requests were sent in the window")
-    verdict["kept_plan"] = not (short or timer_is_late or starved > (1 - KEPT_SHARE) * max(len(samples), 1))
+    verdict["kept_plan"] = not (short or timer_is_late or often_starved)
     return verdict

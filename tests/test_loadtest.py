@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,19 +20,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import free_port
 
 from actuary import BadInput
 from loadtest import plan as planning
+from loadtest.cli import _repeat
 from loadtest.plan import Plan
-from loadtest.samples import Sample, in_window, judge_client, read_samples, summarise
+from loadtest.runner import _command, _Watch
+from loadtest.samples import Sample, in_window, judge_client, read_samples, summarise, write_header, write_samples
 
 ROOT = Path(__file__).parents[1]
 LOCUSTFILE = ROOT / "loadtest" / "locustfile.py"
-DELAY_MS = {"fast": 7.3, "slow": 9.7, "broken": 1.0, "liar": 1.0}
+DELAY_MS = {"fast": 7.3, "slow": 9.7, "broken": 1.0, "liar": 1.0, "hangs": 1.0, "drips": 1.0}
+HANGS_AFTER = 30  # requests; before them `hangs` and `drips` answer as `fast` does
 
 
 class _StandIn(BaseHTTPRequestHandler):
-    """/v1/models and /v1/next-token as API.md promises them: `broken` answers 503, `liar` another's name."""
+    """/v1/models and /v1/next-token as API.md promises them: `broken` answers 503, `liar` another's name,
+    and later `hangs` says nothing for ever, and `drips` a byte now and then, so that no read times out."""
 
     protocol_version = "HTTP/1.1"
     server: _Server
@@ -47,6 +52,14 @@ class _StandIn(BaseHTTPRequestHandler):
         model = request["model"]
         self.server.seen.append((model, request["prompt"]))
         time.sleep(DELAY_MS[model] / 1000 + self.server.stall_s())
+        if model in ("hangs", "drips") and len(self.server.seen) > HANGS_AFTER:
+            self.close_connection = True
+            with contextlib.suppress(OSError):  # the client has left
+                if model == "drips":
+                    self.wfile.write(b"HTTP/1.1 200 X\r\ncontent-length: 999\r\n\r\n")
+                while not self.server.closing.wait(0.2):
+                    self.wfile.write(b" " if model == "drips" else b"")
+            return
         if model == "broken":
             error = {"message": "no", "type": "overloaded", "param": None, "code": 503}
             self._answer(503, {"error": error})
@@ -83,6 +96,7 @@ class _Server(ThreadingHTTPServer):
         self.seen: list[tuple[str, str]] = []
         self.stall_at: int | None = None  # the count of requests that makes the server stand still
         self.stall_until = 0.0
+        self.closing = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def stall_s(self) -> float:
@@ -97,6 +111,7 @@ def stand_in(request: pytest.FixtureRequest) -> Iterator[_Server]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     yield server
+    server.closing.set()
     server.shutdown()
     thread.join()
     server.server_close()
@@ -126,7 +141,8 @@ def _plan(**changes: Any) -> Plan:
 def _sample(latency_ms: float = 1.0, at_s: float = 1.0, **changes: Any) -> Sample:
     values: dict[str, Any] = {"worker": "w0", "model": "a", "prompt": 0, "late_ms": 0.0, "starved": 0}
     values |= {"queue_ms": 0.1, "tokenize_ms": 0.1, "infer_ms": 0.5, "total_ms": 0.7, "failure": ""}
-    return Sample(at_s=at_s, latency_ms=latency_ms, **(values | changes))
+    values |= {"planned_s": at_s, "at_s": at_s, "latency_ms": latency_ms}
+    return Sample(**(values | changes))
 
 
 # --- the real thing, against the stand-in ---------------------------------------------------------
@@ -244,6 +260,28 @@ def test_ctrl_c_reports_what_was_measured(stand_in: _Server, tmp_path: Path) -> 
     assert "interrupted" in output
 
 
+@pytest.mark.parametrize("stand_in", [["fast", "hangs"]], indirect=True)
+def test_a_request_without_an_answer_is_a_failure(stand_in: _Server, tmp_path: Path) -> None:
+    arguments = ("--url", stand_in.url, "--users", "2", "--duration", "2", "--warmup", "0", "--timeout", "1.5")
+    done = _load(*arguments, "--no-html", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["rows"][0]["failures"] == 0
+    assert result["rows"][1]["failure_reasons"]["no answer within 1.5 s"] >= 2  # of each of the two users
+    assert result["client"]["unanswered"] == 0
+    assert len(read_samples(tmp_path / "run" / "samples.csv")) == len(stand_in.seen)
+
+
+@pytest.mark.parametrize("stand_in", [["fast", "drips"]], indirect=True)
+def test_a_request_that_was_cut_off_is_said(stand_in: _Server, tmp_path: Path) -> None:
+    arguments = ("--url", stand_in.url, "--users", "2", "--duration", "1", "--warmup", "0", "--timeout", "0.5")
+    done = _load(*arguments, "--no-html", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["client"]["unanswered"] == 2  # one of each user
+    assert len(read_samples(tmp_path / "run" / "samples.csv")) == len(stand_in.seen) - 2
+    assert "note: 2 requests had neither an answer nor a timeout" in done.stdout
+
+
 @pytest.mark.parametrize("stand_in", [["broken"]], indirect=True)
 def test_all_failed_is_exit_1_with_its_result(stand_in: _Server, tmp_path: Path) -> None:
     done = _load("--url", stand_in.url, "--duration", "1", "--warmup", "0", "--out", "run", cwd=tmp_path)
@@ -255,7 +293,7 @@ def test_all_failed_is_exit_1_with_its_result(stand_in: _Server, tmp_path: Path)
 
 @pytest.mark.parametrize("stand_in", [["fast", "slow"]], indirect=True)
 def test_master_and_worker_bring_every_sample_to_the_master(stand_in: _Server, tmp_path: Path) -> None:
-    port = _free_port()
+    port = free_port()
     samples = tmp_path / "samples.csv"
     locust = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
     master = [*locust, "--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", str(port)]
@@ -337,7 +375,7 @@ def test_zero_where_it_means_nothing(option: str, value: str, run_load: Any) -> 
 
 
 def test_server_down(run_load: Any, tmp_path: Path) -> None:
-    code, message = run_load("--url", f"http://127.0.0.1:{_free_port()}", "--out", str(tmp_path / "run"))
+    code, message = run_load("--url", f"http://127.0.0.1:{free_port()}", "--out", str(tmp_path / "run"))
     assert code == 2
     assert "actuary serve" in message
     assert not (tmp_path / "run").exists()
@@ -383,9 +421,27 @@ def test_a_folder_that_holds_a_run_is_not_written_over(stand_in: _Server, run_lo
     code, message = run_load("--url", stand_in.url, "--out", str(tmp_path))
     assert code == 2
     assert "already holds a run" in message
-    missing = str(tmp_path / "none" / "r.json")
-    assert run_load("--url", stand_in.url, "--json", missing, "--out", str(tmp_path / "new"))[0] == 2
-    assert not (tmp_path / "new").exists()
+
+
+def test_where_nothing_can_be_written_is_said_before_the_run(stand_in: _Server, run_load: Any, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.iterdir())
+    for option, value in (
+        ("--json", tmp_path / "folder"),
+        ("--json", tmp_path / "none" / "r.json"),
+        ("--json", "/proc/r.json"),
+        ("--out", "/proc/x"),
+        ("--out", tmp_path / "file"),
+        ("--out", tmp_path / "file" / "x"),
+        ("--out", tmp_path / ("x" * 300)),
+    ):
+        out = ("--out", str(tmp_path / "new")) if option == "--json" else ()
+        code, message = run_load("--url", stand_in.url, option, str(value), *out)
+        assert (code, message.count("\n")) == (2, 1), message
+        assert f"{option} {value}" in message
+    assert sorted(tmp_path.iterdir()) == before
+    assert not stand_in.seen
 
 
 @pytest.fixture
@@ -433,9 +489,24 @@ def test_a_failure_counts_and_its_latency_does_not() -> None:
 
 def test_the_window_goes_by_the_planned_time() -> None:
     plan = _plan(warmup_s=1.0, rate=10.0)
-    early = _sample(at_s=1.5, late_ms=600.0)  # planned in the warm-up, left late
-    late = _sample(at_s=11.2, late_ms=300.0)  # planned in the window, left after it
+    early = _sample(at_s=1.5, planned_s=0.9, late_ms=600.0)  # planned in the warm-up, left late
+    late = _sample(at_s=11.2, planned_s=10.9, late_ms=300.0)  # planned in the window, left after it
     assert in_window([early, late, _sample(at_s=0.5), _sample(at_s=11.0)], plan, 10.0) == [late]
+
+
+def test_every_request_that_was_planned_in_the_window_is_in_it(tmp_path: Path) -> None:
+    """Ten a second for three seconds are thirty, wherever rounding puts the time at which each left."""
+    path, planned_s, sent = tmp_path / "samples.csv", 0.0, []
+    for i in range(60):
+        late_ms = 0.01 + 0.037 * i
+        sent.append(_sample(at_s=planned_s + late_ms / 1000, planned_s=planned_s, late_ms=late_ms))
+        planned_s += 1 / 10
+    with path.open("w", newline="") as file:
+        write_header(file)
+        write_samples(file, sent)
+    kept = read_samples(path)
+    assert len(in_window(kept, _plan(warmup_s=1.0, rate=10.0), 3.0)) == 30
+    assert len(in_window(kept, _plan(warmup_s=0.1, rate=10.0), 0.2)) == 2, "0.1 + 0.2 is more than 0.3 in binary"
 
 
 def test_client_verdict() -> None:
@@ -443,6 +514,8 @@ def test_client_verdict() -> None:
     on_time = [_sample(at_s=i / 10, late_ms=0.2) for i in range(100)]
     assert judge_client(on_time, plan, 10.0, 0.2)["kept_plan"] is True
     assert judge_client(on_time[:90], plan, 10.0, 0.2)["kept_plan"] is False
+    assert judge_client(on_time[:29], plan, 3.0, 0.2)["kept_plan"] is True, "one of thirty fell outside the window"
+    assert judge_client(on_time[:27], plan, 3.0, 0.2)["kept_plan"] is False
     slow = judge_client([s._replace(late_ms=30.0) for s in on_time], plan, 10.0, 0.99)
     assert slow["kept_plan"] is False
     assert any("client too slow" in said for said in slow["said"])
@@ -468,6 +541,37 @@ def test_jsonl_and_text_prompts(tmp_path: Path) -> None:
     assert planning.read_prompts(tmp_path / "p.txt") == ("x = ", "  y")
 
 
+def test_only_a_newline_ends_a_prompt(tmp_path: Path) -> None:
+    inside = "a\u2028b\u0085c\fd"
+    (tmp_path / "p.txt").write_bytes(f"{inside}\r\nx\n".encode())
+    assert planning.read_prompts(tmp_path / "p.txt") == (inside, "x")
+    (tmp_path / "p.jsonl").write_text(json.dumps(inside, ensure_ascii=False) + "\n")
+    assert planning.read_prompts(tmp_path / "p.jsonl") == (inside,)
+
+
+def test_the_progress_bar_counts_a_failure_with_a_comma(tmp_path: Path) -> None:
+    path = tmp_path / "samples.csv"
+    with path.open("w", newline="") as file:
+        write_header(file)
+        write_samples(file, [_sample(), _sample(failure='HTTP 400 the prompt "x, y" is too long, cut it')])
+    with _Watch(_plan(), path) as watch:
+        watch.update()
+    assert (watch.count, watch.failed) == (2, 1)
+
+
+def test_the_command_that_repeats_a_run_repeats_all_of_it() -> None:
+    plan = _plan(rate=1234567.5, duration_s=12345.678, warmup_s=0.1, timeout_s=7.25)
+    words = _repeat(plan, None).split()
+    for option, value in (("--rate", 1234567.5), ("--duration", 12345.678), ("--warmup", 0.1), ("--timeout", 7.25)):
+        assert float(words[words.index(option) + 1]) == value
+
+
+@pytest.mark.parametrize("timeout_s", [0.5, 30.0, 100.0])
+def test_locust_waits_longer_than_a_request_may_take(timeout_s: float, tmp_path: Path) -> None:
+    words = _command(_plan(timeout_s=timeout_s), None, tmp_path)
+    assert float(words[words.index("--stop-timeout") + 1]) > timeout_s
+
+
 @pytest.mark.parametrize("models", ["[]", "{}", '{"data": []}', '{"data": [1]}', "<html>"])
 def test_a_server_that_is_not_ours(models: str, stand_in: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
@@ -475,13 +579,6 @@ def test_a_server_that_is_not_ours(models: str, stand_in: _Server, monkeypatch: 
     )
     with pytest.raises(BadInput):
         planning.served_models(stand_in.url)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _wait_until(condition: Any, timeout_s: float = 20.0) -> None:
