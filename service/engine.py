@@ -72,8 +72,8 @@ class Engine:
     async def __aexit__(self, *_: object) -> None:
         self._open = False
         self._wake.set()
-        await self._server
-        self._thread.shutdown()
+        with self._thread:
+            await self._server
 
     @property
     def serving(self) -> bool:
@@ -150,19 +150,19 @@ class Engine:
         return variant, [waiting for waiting in queue if waiting in batch]
 
     async def _run_batch(self, variant: Variant, batch: list[_Waiting]) -> None:
-        def compute() -> tuple[float, list[Row], float]:
+        def compute() -> tuple[float, list[tuple[_Waiting, Row]], float]:
             start = perf_counter()
             rows = variant.run([w.job.ids for w in batch], max(w.job.top_k for w in batch))
-            return start, rows, perf_counter()
+            return start, list(zip(batch, rows, strict=True)), perf_counter()
 
         try:
-            start, rows, end = await asyncio.get_running_loop().run_in_executor(self._thread, compute)
+            start, computed, end = await asyncio.get_running_loop().run_in_executor(self._thread, compute)
         except Exception as error:
             for waiting in batch:
                 if not waiting.future.done():
                     waiting.future.set_exception(error)
             return
         self._job_s += 0.1 * ((end - start) / len(batch) - self._job_s)
-        for waiting, row in zip(batch, rows, strict=True):
+        for waiting, row in computed:
             if not waiting.future.done():  # its caller may have left
                 waiting.future.set_result(Done(row, start - waiting.since, end - start, end))

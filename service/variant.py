@@ -98,7 +98,10 @@ def _warm_up(variant: Variant) -> None:
     vocab_size, context = variant.manifest.vocab_size, variant.manifest.context
     last = vocab_size - 1
     for prompts in ([[last] * context], [[last], [0] * min(2, context)]):
-        for row in variant.run(prompts, top_k=1):
+        rows = variant.run(prompts, top_k=1)
+        if len(rows) != len(prompts):
+            raise BadInput(f"the graph gives {len(rows)} rows for {len(prompts)} prompts; export it again")
+        for row in rows:
             if not row.logits.shape == row.softmax.shape == row.sigmoid.shape == (vocab_size,):
                 raise BadInput(
                     f"the graph gives {row.logits.shape[0]} logits, the manifest says vocab_size "

@@ -186,6 +186,20 @@ def test_a_batch_that_fails_fails_its_requests_only() -> None:
     play(scene)
 
 
+def test_a_variant_that_gives_too_few_rows_fails_its_requests_only() -> None:
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        class Short:
+            def run(self, prompts: list[list[int]], top_k: int) -> list[Any]:
+                return prompts[1:]
+
+        with pytest.raises(ValueError, match="shorter"):
+            await engine.run([job(Short(), 1), job(Short(), 1)])
+        assert len(await engine.run([job(variant, 2)])) == 1
+        assert engine.serving
+
+    play(scene)
+
+
 def test_leaving_finishes_what_is_queued_and_takes_no_more() -> None:
     async def scene(engine: Engine, variant: Gated, log: Log) -> None:
         first = await hold(engine, variant, log)
