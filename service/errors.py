@@ -57,7 +57,12 @@ class Invalid(ApiError):
 
 def shown(value: object) -> str:
     """`value` as a message may hold it: short, and without a character that UTF-8 cannot carry."""
-    return _short.repr(value).encode("utf-8", "backslashreplace").decode()
+    return utf8(_short.repr(value))
+
+
+def utf8(text: str) -> str:
+    """`text` with each character that UTF-8 cannot carry, as in a file's name of other bytes, as its code."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def nearest(name: str, known: Collection[str]) -> str:

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from actuary import BadInput
 from export.bundle import CATALOGUE, MANIFEST, MODEL, ActivationInfo, read_catalogue
-from service.errors import ApiError, nearest, shown
+from service.errors import ApiError, nearest, shown, utf8
 from service.runtime import ProviderMissing, Runtime
 from service.variant import Variant, open_variant
 from service.vocabulary import Vocabulary
@@ -73,7 +73,7 @@ def open_library(folder: Path, runtime: Runtime) -> Library:
         except ProviderMissing:
             raise
         except Exception as error:  # whatever a damaged file provokes in a parser, the others serve
-            refused.append(Refused(path.name, _one_line(error)))
+            refused.append(Refused(utf8(path.name), _one_line(error)))
     if not variants:
         raise BadInput(_nothing_serves(folder, refused))
     try:
@@ -99,7 +99,7 @@ def _bundles(folder: Path) -> list[Path]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    return utf8(" ".join(str(error).split())[:500]) or type(error).__name__
 
 
 def _nothing_serves(folder: Path, refused: Sequence[Refused]) -> str:

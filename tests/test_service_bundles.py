@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from fastapi.testclient import TestClient
 
 from actuary import BadInput
+from export.bundle import OUTPUTS
 from service.app import create_app
 from service.settings import Settings
 
@@ -77,6 +80,18 @@ def renamed_output(bundle: Path) -> None:
     sign_again(bundle)
 
 
+def one_row_only(bundle: Path) -> None:
+    model = onnx.load(bundle / "model.onnx")
+    for node in model.graph.node:
+        node.output[:] = [f"{name}_rows" if name in OUTPUTS else name for name in node.output]
+        node.input[:] = [f"{name}_rows" if name in OUTPUTS else name for name in node.input]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0]), "first"))
+    for name in OUTPUTS:
+        model.graph.node.append(onnx.helper.make_node("Gather", [f"{name}_rows", "first"], [name], axis=0))
+    onnx.save(model, bundle / "model.onnx")
+    sign_again(bundle)
+
+
 def smaller_vocabulary(bundle: Path) -> None:
     write_manifest(bundle, vocab_size=200)
 
@@ -103,6 +118,7 @@ DAMAGE: dict[Callable[[Path], None], str] = {
     manifest_is_a_list: "does not fit schema 1",
     manifest_is_no_json: "does not fit schema 1",
     renamed_output: "no output 'mass'",
+    one_row_only: "1 rows for 2 prompts",
     smaller_vocabulary: "vocabulary has 200",
     larger_vocabulary: "",
     longer_context: "",
@@ -130,6 +146,17 @@ def test_a_bad_bundle_is_refused_and_the_others_serve(
         gone = client.post("/v1/next-token", json={"model": "swiglu", "prompt": "a"})
         assert gone.status_code == 404
         assert refused["reason"] in gone.json()["error"]["message"]
+
+
+def test_a_folder_whose_name_is_no_text_is_refused_by_its_code(bundles: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundles / "gelu", tmp_path / "gelu")
+    shutil.copytree(bundles / "swiglu", tmp_path / os.fsdecode(b"bad\xff"))
+    truncate(tmp_path / os.fsdecode(b"bad\xff"))
+    with TestClient(create_app(Settings(bundles=tmp_path, provider="cpu", threads=1))) as client:
+        ready = client.get("/health/ready")
+        assert ready.status_code == 200
+        assert [refused["name"] for refused in ready.json()["refused"]] == ["bad\\udcff"]
+        assert client.get("/v1/models").json()["refused"] == ready.json()["refused"]
 
 
 def test_a_folder_without_one_good_bundle_is_refused_with_every_reason(bundles: Path, tmp_path: Path) -> None:
