@@ -68,11 +68,12 @@ def create_app(settings: Settings) -> FastAPI:
         description="What an activation function costs to serve, and what it buys: next-token probabilities, "
         "softmax beside sigmoid, of one variant or of several.",
         lifespan=lifespan,
+        redoc_url=None,  # its script asks a CDN for a picture
     )
     app.state.service = service
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_bad_request)
-    app.add_middleware(Frame, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Frame, max_body_bytes=settings.max_body_bytes, timeout_s=settings.timeout_s)
     app.include_router(v1)
     app.include_router(health)
     app.include_router(browser)
@@ -155,6 +156,7 @@ async def get_activations(request: Request) -> Response:
 health = APIRouter(tags=["health"])
 
 
+@health.head("/health", include_in_schema=False)
 @health.get("/health")
 async def get_health(request: Request) -> Response:
     """Both of the following in one."""
@@ -162,12 +164,14 @@ async def get_health(request: Request) -> Response:
     return _json({"live": True, "ready": service.ready, "waiting": service.engine.waiting})
 
 
+@health.head("/health/live", include_in_schema=False)
 @health.get("/health/live")
 async def get_live() -> Response:
     """200 as long as the process answers."""
     return _json({"live": True})
 
 
+@health.head("/health/ready", include_in_schema=False)
 @health.get("/health/ready", responses={503: {"description": "Not yet, or not any more: it is stopping."}})
 async def get_ready(request: Request) -> Response:
     """200 while requests are taken; which variants serve, and which bundles were refused and why."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import uuid
@@ -9,7 +10,7 @@ from time import perf_counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import ApiError, answer
+from service.errors import ApiError, answer, shown
 
 log = logging.getLogger("actuary.service")
 
@@ -22,14 +23,16 @@ class Frame:
     Leaves in the request's state: `request_id`, and `arrived`, by perf_counter.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, timeout_s: float) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         arrived = perf_counter()
+        body_due: float | None = asyncio.get_running_loop().time() + self._timeout_s
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
@@ -51,8 +54,14 @@ class Frame:
             await send(message)
 
         async def receive_bounded() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, body_due
+            try:
+                async with asyncio.timeout_at(body_due):
+                    message = await receive()
+            except TimeoutError:
+                raise self._too_late() from None
+            if not message.get("more_body"):
+                body_due = None  # what comes next is the end of the connection, whenever that is
             received += len(message.get("body", b""))
             if received > self._max_body_bytes:
                 raise self._too_large(f"more than {self._max_body_bytes}")
@@ -66,12 +75,19 @@ class Frame:
         except Exception as error:
             if not isinstance(error, ApiError):
                 name = request_id.decode()
-                log.exception("request %s failed: %s %s", name, scope["method"], scope["path"])
+                log.exception("request %s failed: %s %s", name, scope["method"], shown(scope["path"]))
                 error = ApiError("internal", f"this is a defect of ours; report it with request id {name}")
             if started:
                 raise
             await answer(error)(scope, receive, send_framed)
         return None
+
+    def _too_late(self) -> ApiError:
+        return ApiError(
+            "timeout",
+            f"the body was not complete within {self._timeout_s:g} s; send all of it",
+            headers={"connection": "close"},  # whatever comes of it later is no next request
+        )
 
     def _too_large(self, size: str) -> ApiError:
         return ApiError(

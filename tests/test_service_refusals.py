@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from service.app import create_app
 from service.schema import ErrorAnswer, NextTokenAnswer
 from service.settings import Settings
+from service.vocabulary import Vocabulary
 
 MAX_BODY_BYTES = 20_000
 JSON = {"content-type": "application/json"}
@@ -166,6 +167,46 @@ def test_an_answer_that_would_be_too_long_is_refused(bundles: Path) -> None:
         assert len(whole.json()["results"][0]["top"]) == 300, "one result may list its whole vocabulary"
 
 
+def test_what_cannot_fit_is_refused_before_it_is_tokenized(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token stands for so many bytes at most, so a text is too long by its size alone."""
+    vocabulary = client.app.state.service.library.variants["gelu"].vocabulary
+    tokenized = []
+    monkeypatch.setattr(vocabulary, "encode", lambda text, **_: tokenized.append(text))
+    for param, fields in (
+        ("prompt", {"prompt": "if " * 4000}),
+        ("tokens[0]", {"prompt": "a", "tokens": ["if " * 4000]}),
+    ):
+        response = client.post(NEXT, json={"model": "gelu", **fields})
+        assert response.status_code == 422
+        assert refusal(response)["param"] == param
+        assert "at least" in refusal(response)["message"]
+    assert not tokenized
+
+
+def test_the_fewest_tokens_are_never_more_than_there_are(client: TestClient, bundles: Path, tmp_path: Path) -> None:
+    vocabulary = client.app.state.service.library.variants["gelu"].vocabulary
+    longest = max(vocabulary._tokenizer.get_vocab(), key=len)
+    for text in ("a", "é" * 50, longest * 9, "if x is not\n" * 20, " " * 500, "\U0001f600" * 30):
+        assert 1 <= vocabulary.fewest_tokens(text) <= len(vocabulary.encode(text, special_tokens=False))
+    assert vocabulary.fewest_tokens("a" * (len(longest) + 1)) == 2
+    swallows = json.loads((bundles / "gelu" / "tokenizer.json").read_text())
+    swallows["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(swallows))
+    assert Vocabulary(tmp_path / "tokenizer.json").fewest_tokens(" " * 10_000 + "a") == 1
+
+
+def test_a_logged_path_keeps_to_its_line(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr("service.library.Library.unknown", broken)
+    assert client.get("/v1/models/a%0aERROR forged").status_code == 500
+    assert len(caplog.messages) == 1
+    assert "\n" not in caplog.messages[0]
+
+
 def test_a_defect_of_ours_is_a_500_in_the_same_shape(bundles: Path) -> None:
     app = create_app(Settings(bundles=bundles, provider="cpu", threads=1))
     library = app.state.service.library
@@ -182,9 +223,9 @@ def test_a_defect_of_ours_is_a_500_in_the_same_shape(bundles: Path) -> None:
         assert client.post(NEXT, json={"model": "swiglu", "prompt": "a"}).status_code == 200
 
 
-SURROGATES = st.characters(categories=["Cs"])
+SURROGATES = st.text(st.characters(categories=["Cs"]))
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.text(st.characters(categories=["Cs"])),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | SURROGATES,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=8,
 )
