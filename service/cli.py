@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +59,9 @@ def serve(**given: Any) -> None:
         first = error.errors()[0]
         option = f"--{str(first['loc'][0]).replace('_', '-')} {first['input']}: " if first["loc"] else ""
         raise BadInput(f"{option}{first['msg'].removeprefix('Value error, ')}") from error
+    # Until the service listens there is nothing to finish, and a container's first process has no default for these.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda *_: sys.exit(0))
     listener = _listen(settings.host, settings.port)  # before the bundles: a taken port is known at once
 
     from service.server import serve_until_stopped  # half a second of imports, which --help does not need
@@ -72,9 +77,9 @@ def _listen(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter where no name in the DNS could be written so
         raise BadInput(
-            f"cannot listen on {host} port {port}: {error.strerror}; "
+            f"cannot listen on {host} port {port}: {getattr(error, 'strerror', error)}; "
             "choose another with --port (0 takes a free one) or --host"
         ) from error
     return bound

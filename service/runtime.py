@@ -33,7 +33,8 @@ class Runtime:
         self._threads = threads
         self._asked = provider
         self._cuda = provider != "cpu"
-        self.no_cuda = ""  # why `auto` runs on the CPU
+        self.no_cuda = ""  # why `auto` runs on the CPU; empty where it does not
+        self._preload_said = ""
         onnxruntime.set_default_logger_severity(FATAL)
         if self._cuda:
             self._preload()
@@ -46,7 +47,7 @@ class Runtime:
             session = self._session(model, [CUDA, CPU])
             if CUDA in session.get_providers():
                 return session
-            reason = self.no_cuda or "its libraries do not load"
+            reason = self._preload_said or "its libraries do not load"
         except Exception as error:
             reason = str(error)
         session = self._session(model, [CPU])  # a model that fails here too is itself bad
@@ -58,7 +59,7 @@ class Runtime:
             return self._without_cuda("the installed onnxruntime was built without it")
         with contextlib.redirect_stdout(io.StringIO()) as said:
             onnxruntime.preload_dlls()  # CUDA and cuDNN from site-packages, where actuary[cuda] puts them
-        self.no_cuda = said.getvalue().partition("\n")[0]
+        self._preload_said = said.getvalue().partition("\n")[0]
         return None
 
     def _without_cuda(self, reason: str) -> None:

@@ -13,6 +13,8 @@ import uvicorn
 from service.app import Service, create_app
 from service.settings import Settings
 
+DRAIN_S = 5  # past a request's longest wait, so that the last is answered 408 and not cut off
+
 
 class _Server(uvicorn.Server):
     """uvicorn, saying where it listens, and telling the readiness check when it drains."""
@@ -39,12 +41,14 @@ def serve_until_stopped(settings: Settings, listener: socket.socket) -> None:
         access_log=settings.access_log,
         log_level="info" if settings.access_log else "warning",
         server_header=False,
-        timeout_graceful_shutdown=math.ceil(settings.timeout_s),
+        timeout_graceful_shutdown=math.ceil(settings.timeout_s) + DRAIN_S,
     )
-    # uvicorn raises the signal again once it has drained, to end as if it had not caught it; we end with 0.
+    server = _Server(config, app.state.service)
+    # uvicorn takes these over while it runs, and looks at what they said once it has started. When it has
+    # drained it raises the signal again, to end as if it had not caught it; we end with 0.
     for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, lambda *_: None)
-    _Server(config, app.state.service).run([listener])
+        signal.signal(stop, server.handle_exit)
+    server.run([listener])
 
 
 def _announce(service: Service, port: int) -> None:
