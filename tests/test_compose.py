@@ -82,7 +82,7 @@ def test_fits_the_compose_specification() -> None:
     [
         (("services", "service", "comand"), ["x"]),
         (("services", "service", "healthcheck", "intervall"), "3s"),
-        (("services", "service", "depends_on"), {"train-and-export": {"condition": "service_done"}}),
+        (("services", "service", "depends_on"), {"export": {"condition": "service_done"}}),
         (("services", "service", "ports"), {"8000": 8000}),
         (("service",), {}),
     ],
@@ -110,8 +110,8 @@ def test_every_name_leads_somewhere() -> None:
         assert (ROOT / build["context"] / build["dockerfile"]).is_file()
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), "published to this machine only, unless someone decides otherwise"
-    wait = services["service"]["depends_on"]["train-and-export"]
-    assert wait == {"condition": "service_completed_successfully"}
+    for name, waits_for in (("service", "export"), ("export", "train")):
+        assert services[name]["depends_on"] == {waits_for: {"condition": "service_completed_successfully"}}
     profiles = {name: service["profiles"] for name, service in services.items()}
     assert [name for name in profiles if "cpu" in profiles[name] and "gpu" not in profiles[name]] == ["service"]
     assert [name for name in profiles if "gpu" in profiles[name] and "cpu" not in profiles[name]] == ["service-gpu"]
@@ -146,6 +146,28 @@ def test_the_service_image_holds_no_training_code() -> None:
         Path("export/bundle.py"),
     }
     assert "torch" not in re.sub(r"#.*", "", (ROOT / "deploy/Dockerfile.service").read_text())
+
+
+@pytest.mark.parametrize("image", ["load", "service", "train"])
+def test_an_edit_of_a_source_does_not_install_the_dependencies_again(image: str) -> None:
+    """A layer is built again when what was copied above it changed; above the dependencies that is one file."""
+    text = re.sub(r"#.*", "", (ROOT / "deploy" / f"Dockerfile.{image}").read_text()).split("\nFROM")[1]
+    before, install, after = re.split(r"(pip install [^\n]*\.\[[^\n]*)", text)
+    assert install
+    assert re.findall(r"^COPY (.*) \S+$", before, re.MULTILINE) == ["pyproject.toml"]
+    installs = re.findall(r"pip install .*", after.split("COPY", 1)[1])
+    assert [line for line in installs if "--no-deps" not in line] == []
+    assert installs, "the package itself, which was empty above"
+
+
+def test_no_shell_stands_between_a_signal_and_a_program() -> None:
+    services = _compose()["services"]
+    for name, service in services.items():
+        words = service["command"]
+        words = shlex.split(words) if isinstance(words, str) else words
+        assert "entrypoint" not in service, name
+        assert words[0] in ("actuary", "locust"), name
+        assert not {"&&", ";", "|"} & set(words), name
 
 
 def _copied(image: str) -> list[Path]:
@@ -203,7 +225,8 @@ class Host:
 
     def start(self, service: str, command: list[str] | None = None) -> subprocess.Popen[str]:
         entry = self.services[service]
-        words = command or [*entry.get("entrypoint", []), *entry["command"]]
+        words = command or entry["command"]
+        words = shlex.split(words) if isinstance(words, str) else words  # as Compose does, after interpolation
         environment = {
             **os.environ,
             **entry.get("environment", {}),
@@ -239,8 +262,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
 
 @pytest.fixture(scope="module")
 def bundles_volume(host: Host) -> Path:
-    """The one-shot's result: the service may start when it completed successfully."""
-    assert host.start("train-and-export").wait(timeout=120) == 0, host.log("train-and-export")
+    """The one-shots' result: the service may start when both completed successfully."""
+    for service in ("train", "export"):
+        assert host.start(service).wait(timeout=120) == 0, host.log(service)
     return host.folder / "bundles"
 
 
@@ -261,6 +285,20 @@ def running_service(host: Host, bundles_volume: Path) -> Iterator[str]:
 
 def test_train_and_export_fills_the_volume(bundles_volume: Path) -> None:
     assert {path.parent.name for path in bundles_volume.glob("*/manifest.json")} == {"gelu", "swiglu"}
+
+
+def test_stopping_while_it_trains_ends_it_in_the_time_that_docker_gives(tmp_path: Path) -> None:
+    corpus = Path(json.__file__).parent
+    host = Host(tmp_path, {"ACTUARY_TRAIN_STEPS": "1000000", "ACTUARY_TRAIN_ARGS": f"{TINY} --corpus {corpus}"})
+    process = host.start("train")
+    began = host.folder / "data" / "checkpoints"
+    try:
+        _until(lambda: (began.is_dir() and any(began.iterdir())) or process.poll() is not None, host, 60)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 1, host.log("train")  # its own exit, not the signal's -15
+    finally:
+        process.kill()
+    assert "stopped" in host.log("train"), host.log("train")
 
 
 def test_the_health_check_fails_without_a_service(host: Host) -> None:
@@ -289,16 +327,22 @@ def test_locust_master_and_workers_load_it(host: Host, running_service: str) -> 
         started = urllib.request.urlopen(f"{page}/swarm", urllib.parse.urlencode(form).encode(), timeout=10)
         assert json.load(started)["success"], host.log("locust-master")
         _until(lambda: _requests(page) > 100, host)
-        _get(f"{page}/stop")
+        urllib.request.urlopen(f"{page}/stop", b"", timeout=10).close()
         rows = {row["name"]: row for row in _get(f"{page}/stats/requests")["stats"]}
         for model in ("gelu", "swiglu"):
             assert rows[model]["num_requests"] > 20
             assert rows[model]["num_failures"] == 0, rows[model]
+        # A second test on the page leaves the first one's samples alone.
+        _until(lambda: _get(f"{page}/stats/requests")["state"] == "stopped", host)
+        urllib.request.urlopen(f"{page}/swarm", urllib.parse.urlencode(form).encode(), timeout=10).close()
+        _until(lambda: _requests(page) > 100, host)
     finally:
         master.send_signal(signal.SIGTERM)
         codes = [process.wait(timeout=20) for process in (master, *workers)]
     assert codes[0] == 0, host.log("locust-master")
-    samples = read_samples(host.folder / "data" / "samples.csv")
+    samples, again = (read_samples(host.folder / "data" / name) for name in ("samples.csv", "samples-2.csv"))
+    assert len(samples) > 100
+    assert len(again) > 100
     assert {sample.model for sample in samples} == {"gelu", "swiglu"}
     assert len({sample.worker for sample in samples}) == len(workers)
     assert not [sample.failure for sample in samples if sample.failure]
@@ -326,6 +370,6 @@ def _requests(page: str) -> int:
 def _until(condition: Any, host: Host, timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        logs = host.log("locust-master") + host.log("locust-workers")
+        logs = "".join(host.log(path.stem) for path in host.folder.glob("*.log"))
         assert time.monotonic() < deadline, logs
         time.sleep(0.1)
