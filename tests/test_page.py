@@ -35,6 +35,7 @@ PATIENCE_S = 15  # two busy cores; Plotly's 4.8 MB take about one second
 SHOWN_DIGITS = 5e-5  # four decimals are shown, the exact value stands in <data value>
 MASS_RTOL = 1e-3  # four significant digits are shown
 ENTROPY_ATOL = 0.0051  # two decimals are shown
+OUTSIDE = re.compile(r"""["'`(]\s*((?:https?:)?//[^\s"'`)$]+)""")  # in quotes or in url(); with http or without
 BAR_ATOL = 0.02  # of the bar's width: one of its 50 pixels
 
 
@@ -178,6 +179,52 @@ def test_what_cannot_be_answered_is_said_beside_the_prompt(page: WebDriver) -> N
     assert box.get_attribute("aria-invalid") == "false"
 
 
+def test_only_the_control_that_is_wrong_is_marked(page: WebDriver) -> None:
+    """A number out of range is no fault of the prompt, an emptied one is not 0, and a dead service is nobody's."""
+    prompt, top_k = (page.find_element(By.ID, name) for name in ("prompt", "top-k"))
+
+    def marked() -> list[bool]:
+        return [each.get_attribute("aria-invalid") == "true" for each in (prompt, top_k)]
+
+    assert top_k.get_attribute("aria-describedby") == "ask-error"
+    top_k.send_keys(Keys.CONTROL, "a")
+    top_k.send_keys("5000")
+    until(page, lambda: "top_k 5000" in shown_error(page))
+    assert marked() == [False, True]
+    top_k.send_keys(Keys.CONTROL, "a")
+    top_k.send_keys(Keys.BACKSPACE)
+    until(page, lambda: "give a number from 1 to 100" in shown_error(page))
+    assert marked() == [False, True]
+    top_k.send_keys("5")
+    until(page, lambda: not shown_error(page) and panels(page))
+    assert marked() == [False, False]
+    page.execute_script("window.fetch = () => Promise.reject(new TypeError('no network'))")
+    prompt.send_keys("x")
+    until(page, lambda: "still running" in shown_error(page))
+    assert marked() == [False, False]
+
+
+def test_a_link_to_what_is_not_served_says_so(page: WebDriver, server_url: str) -> None:
+    page.get("about:blank")
+    page.get(f"{server_url}/#next-token?prompt=a&models=swiglu,nothing")
+    until(page, lambda: list(panels(page)) == ["swiglu"])
+    assert "not served here: nothing" in page.find_element(By.ID, "answer-status").text
+    page.find_element(By.ID, "prompt").send_keys("b")
+    until(page, lambda: not all_of(page, "#notice") and panels(page))
+    page.get("about:blank")
+    page.get(f"{server_url}/#activations?show=gelu,nothing")
+    until(
+        page, lambda: page.find_element(By.ID, "activations-error").text == "The address names no activation: nothing."
+    )
+
+
+def test_a_panel_says_what_its_own_variant_took(page: WebDriver) -> None:
+    """Not the queue, nor the total: the first variant's inference is in the second's of both."""
+    assert len(panels(page)) == 3
+    for panel in panels(page).values():
+        assert re.fullmatch(r"inference [\d.]+ ms", panel.find_element(By.CSS_SELECTOR, ".timing").text)
+
+
 def test_a_request_that_is_superseded_is_aborted(page: WebDriver) -> None:
     page.execute_script(
         """const real = window.fetch;
@@ -265,10 +312,12 @@ def test_nothing_scrolls_sideways_on_a_phone(page: WebDriver, view: str) -> None
 def test_page_names_no_address_outside() -> None:
     """Only links to read on lead out; nothing that a browser would fetch by itself."""
     page = Path(__file__).parent.parent / "service" / "page"
-    found = {
-        line.strip()
-        for file in page.iterdir()
-        for line in file.read_text().splitlines()
-        if "//" in line.replace("// ", "") and ("http:" in line or "https:" in line)
-    }
-    assert all("arxiv.org/abs" in line or "www.w3.org/2000/svg" in line for line in found), found
+    found = {address for file in page.iterdir() for address in OUTSIDE.findall(file.read_text())}
+    assert found <= {"https://arxiv.org/abs/", "http://www.w3.org/2000/svg"}
+
+
+@pytest.mark.parametrize(
+    "text", ['src="//cdn.net/a.js"', "from 'https://a.b'", "url(//a.b/c)", "url( http://a.b )", "`//a`"]
+)
+def test_an_address_outside_is_recognized(text: str) -> None:
+    assert OUTSIDE.search(text)

@@ -14,10 +14,10 @@ export async function show(fields) {
   try {
     const { data } = await api.activations();
     if (!activations) listen((activations = data));
-    restore(fields);
+    const unknown = restore(fields);
     await draw();
     if (!byId("cards").dataset.drawn) await drawCards();
-    complain(byId("activations-error"));
+    complain(byId("activations-error"), unknown.length ? `The address names no activation: ${unknown.join(", ")}.` : "");
     charts.resized(byId("view-activations"));
   } catch (error) {
     complain(byId("activations-error"), error.message);
@@ -39,12 +39,14 @@ function listen(activations) {
   });
 }
 
-/** The chosen as the address has them; by default those served, without the gated, whose curves hide others. */
+/** The chosen as the address has them; by default those served, without the gated, whose curves hide others.
+    Returns the names in the address that are no activation's. */
 function restore(fields) {
-  const named = address.names(fields, "show", activations.map(({ name }) => name));
+  const { named, unknown } = address.names(fields, "show", activations.map(({ name }) => name));
   const served = activations.filter(({ kind, served_by }) => served_by.length && kind !== "gated");
   const usual = (served.length > 1 ? served : activations.slice(0, 4)).map(({ name }) => name);
   slots.splice(0, slots.length, ...(named.length ? named : usual));
+  return unknown;
 }
 
 function choose(name, wanted) {

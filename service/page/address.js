@@ -15,7 +15,8 @@ export function write(view, fields) {
   if (read().view === view) history.replaceState(null, "", hash);
 }
 
-/** A field's comma-separated names, those of them that are in `known`. */
+/** A field's comma-separated names: those that are in `known`, and the others. */
 export function names(fields, field, known) {
-  return (fields.get(field) ?? "").split(",").filter((name) => known.includes(name));
+  const all = (fields.get(field) ?? "").split(",").filter(Boolean);
+  return { named: all.filter((name) => known.includes(name)), unknown: all.filter((name) => !known.includes(name)) };
 }

@@ -1,4 +1,5 @@
-// What the page asks of the service. An answer other than 200 is thrown with the API's own message.
+// What the page asks of the service. An answer other than 200 is thrown with the API's own message and `param`, the field
+// it is about.
 
 async function ask(path, options) {
   let response;
@@ -10,7 +11,8 @@ async function ask(path, options) {
   }
   const body = await response.json().catch(() => null);
   if (!response.ok || body === null) {
-    throw new Error(body?.error?.message ?? `${path} answered ${response.status} ${response.statusText}`);
+    const message = body?.error?.message ?? `${path} answered ${response.status} ${response.statusText}`;
+    throw Object.assign(new Error(message), { param: body?.error?.param });
   }
   return body;
 }

@@ -23,8 +23,8 @@ export async function show(fields) {
       return complain(byId("ask-error"), error.message);
     }
   }
-  restore(fields);
-  run();
+  const unknown = restore(fields);
+  run(unknown.length ? `The address names what is not served here: ${unknown.join(", ")}.` : "");
 }
 
 /** Draw a chip per model and hear what the person does. Returns the models' names. */
@@ -42,26 +42,30 @@ function listen(models) {
 
 const boxes = () => [...byId("variants").querySelectorAll("input")];
 
-/** The controls as the address has them; by default two variants with a softmax head and one with a sigmoid head. */
+/** The controls as the address has them; by default two variants with a softmax head and one with a sigmoid head.
+    Returns the variants in the address that are not served. */
 function restore(fields) {
-  const named = address.names(fields, "models", variants);
+  const { named, unknown } = address.names(fields, "models", variants);
   const ofHead = (head) => boxes().filter((box) => box.dataset.head === head).map((box) => box.value);
   const chosen = named.length ? named : [...ofHead("softmax").slice(0, 2), ...ofHead("sigmoid").slice(0, 1)];
   for (const box of boxes()) box.checked = chosen.includes(box.value);
   byId("prompt").value = fields.get("prompt") ?? PROMPT;
   byId("top-k").value = fields.get("top_k") ?? TOP_K;
+  return unknown;
 }
 
-async function run() {
+/** Ask what the controls say, and show the answer, with `notice` beside it. */
+async function run(notice = "") {
   running?.abort();
   const mine = (running = new AbortController());
   const asked = {
     model: boxes().filter((box) => box.checked).map((box) => box.value),
     prompt: byId("prompt").value,
-    top_k: byId("top-k").valueAsNumber || 0,
+    top_k: byId("top-k").valueAsNumber,
   };
-  address.write("next-token", { prompt: asked.prompt, models: asked.model, top_k: asked.top_k });
-  if (!asked.prompt) return settle("Type a prompt: a model needs at least one token to go on from.");
+  address.write("next-token", { prompt: asked.prompt, models: asked.model, top_k: byId("top-k").value });
+  if (!asked.prompt) return settle("Type a prompt: a model needs at least one token to go on from.", "prompt");
+  if (Number.isNaN(asked.top_k)) return settle("Tokens shown: give a number from 1 to 100.", "top_k");
   if (!asked.model.length) return settle("Choose at least one variant.");
 
   byId("answer").setAttribute("aria-busy", "true");
@@ -72,18 +76,20 @@ async function run() {
     byId("answer").replaceChildren(...results.map(panel));
     byId("answer-status").replaceChildren(
       `${results.length} ${results.length === 1 ? "variant" : "variants"}, one request: round trip `,
-      h("b", { id: "round-trip" }, milliseconds(roundTrip)), " ms");
+      h("b", { id: "round-trip" }, milliseconds(roundTrip)), " ms", notice && h("span", { id: "notice" }, notice));
     byId("curl").textContent = curl(asked);
     settle();
   } catch (error) {
-    if (!mine.signal.aborted) settle(error.message);
+    if (!mine.signal.aborted) settle(error.message, error.param);
   }
 }
 
-/** The request is over: say what is wrong beside the prompt, and mark the answer below as an older one; or clear both. */
-function settle(problem = "") {
+/** The request is over: say what is wrong, mark the control that `param` names, and the answer below as an older one; or
+    clear all three. */
+function settle(problem = "", param = "") {
   complain(byId("ask-error"), problem);
-  byId("prompt").setAttribute("aria-invalid", Boolean(problem));
+  byId("prompt").setAttribute("aria-invalid", param === "prompt");
+  byId("top-k").setAttribute("aria-invalid", param === "top_k");
   byId("answer").classList.toggle("stale", Boolean(problem));
   byId("answer").setAttribute("aria-busy", "false");
 }

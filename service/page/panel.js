@@ -1,4 +1,4 @@
-// One variant's answer as a panel: who answered, the table of tokens with their bars, and where the server's time went.
+// One variant's answer as a panel: who answered, the table of tokens with their bars, and what computing it took.
 
 import { h } from "./dom.js";
 import { milliseconds, probability, significant, visible } from "./text.js";
@@ -7,7 +7,7 @@ import { milliseconds, probability, significant, visible } from "./text.js";
 export function panel(result) {
   const title = `answer-${result.model}`;
   const provider = result.provider.replace("ExecutionProvider", "");
-  const facts = [result.precision, provider, `${result.prompt_tokens} tokens in`];
+  const facts = [result.precision, provider, `${result.prompt_tokens} ${result.prompt_tokens === 1 ? "token" : "tokens"} in`];
   if (result.activation !== result.model) facts.unshift(result.activation);
   return h("article", { class: "panel", "data-model": result.model, "aria-labelledby": title },
     h("header", {},
@@ -15,7 +15,7 @@ export function panel(result) {
       h("p", { class: "facts" }, h("span", { class: `key ${result.head}` }, `${result.head} head`), ` · ${facts.join(" · ")}`),
     ),
     table(result, title),
-    timing(result.timing_ms),
+    inference(result.timing_ms.infer),
   );
 }
 
@@ -57,8 +57,8 @@ function bar(name, value) {
     h("data", { class: "number", value }, probability(value)));
 }
 
-function timing(ms) {
-  const parts = { queue: ms.queue, inference: ms.infer, total: ms.total };
-  return h("dl", { class: "timing" }, Object.entries(parts).map(([name, value]) =>
-    h("div", {}, h("dt", {}, name), h("dd", {}, milliseconds(value), h("abbr", { title: "milliseconds" }, " ms")))));
+// Alone: the request's variants are computed one after the other, so the queue and the total of a later one hold the
+// time of those before it, and would say that it is the slower.
+function inference(ms) {
+  return h("p", { class: "timing" }, "inference ", h("data", { value: ms }, milliseconds(ms)), h("abbr", { title: "milliseconds" }, " ms"));
 }
