@@ -14,11 +14,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ACTUARY := $(BIN)/actuary
 CHECKPOINTS := $(ARTIFACTS)/checkpoints
 BUNDLES := $(ARTIFACTS)/bundles
-TRAINED := $(CHECKPOINTS)/.trained
+# A stamp for each length: other STEPS go through `actuary train`, which keeps what fits and refuses what does not.
+TRAINED := $(CHECKPOINTS)/.trained-$(STEPS)
 EXPORTED := $(BUNDLES)/.exported
 
-.PHONY: up test lint format docs train export serve load clean help
+.PHONY: up test lint format docs train export serve load gpu-check clean help
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 
 help: ## What each target does
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -38,7 +40,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[train,serve,load,dev]'
 	@touch $@
 
-$(TRAINED): | $(VENV)/.installed
+$(TRAINED): models/activations.py | $(VENV)/.installed
 	$(ACTUARY) train --steps $(STEPS) --out $(CHECKPOINTS)
 	@touch $@
 
@@ -58,6 +60,9 @@ load: | $(VENV)/.installed ## Load on the running service, one row per variant
 
 test: $(VENV)/.installed-dev ## Every test that this machine can run
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+gpu-check: $(VENV)/.installed-dev ## The tests that need a CUDA device, with the reason where there is none
+	$(BIN)/python -m pytest -m gpu -rs
 
 lint: $(VENV)/.installed-dev ## ruff and strict mypy
 	$(BIN)/ruff check .

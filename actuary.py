@@ -8,6 +8,7 @@ raises stand here too, because this is the one module that all of them may impor
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -34,16 +35,23 @@ class BadInput(ActuaryError):
     exit_code = 2
 
 
+ROOMS = ("models", "export", "service", "loadtest")
+
 # verb: (where its click command is, the optional extra that it needs, one line for --help)
 VERBS: dict[str, tuple[str, str, str]] = {
     "list": ("export.cli:list_", "train", "Every activation of the registry."),
     "train": ("models.cli:train", "train", "Train variants of a small GPT, one per activation."),
     "explain": ("export.cli:explain", "train", "One activation: formula, kind, paper, ONNX function."),
     "export": ("export.cli:export", "train", "Turn checkpoints into ONNX bundles that run anywhere."),
-    "inspect": ("export.cli:inspect", "serve", "What is in a bundle."),
+    "inspect": ("export.cli:inspect", "", "What is in a bundle."),
     "serve": ("service.cli:serve", "serve", "Serve every bundle of a folder over HTTP."),
     "load": ("loadtest.cli:load", "load", "Put load on a running service, one row per variant."),
 }
+
+
+def cores() -> int:
+    """How many cores this process may use, which under a container or taskset is less than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _LazyGroup(click.Group):
@@ -57,13 +65,10 @@ class _LazyGroup(click.Group):
             return None
         where, extra, _ = VERBS[name]
         module, _, attribute = where.partition(":")
-        try:
-            command: click.Command = getattr(importlib.import_module(module), attribute)
-        except ModuleNotFoundError as missing:
-            raise BadInput(
-                f"`actuary {name}` needs the package {missing.name!r}, which is not installed; "
-                f"install it with: pip install 'actuary[{extra}]'"
-            ) from missing
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        command.epilog = (
+            f"Needs the extra: pip install -e '.[{extra}]'" if extra else "Needs nothing beside the program."
+        )
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -95,11 +100,26 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> Any:
     """Run one verb. Exits 0 when done, 1 when it failed, 2 for bad arguments or input."""
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        return cli.main(args=argv, prog_name="actuary")
+        return cli.main(args=arguments, prog_name="actuary")
     except ActuaryError as error:
         click.echo(f"actuary: {error}", err=True)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as missing:
+        verb = next((argument for argument in arguments if argument in VERBS), "")
+        if not verb or not missing.name:
+            raise
+        click.echo(f"actuary: {_not_installed(verb, missing.name)}", err=True)
+        sys.exit(BadInput.exit_code)
+
+
+def _not_installed(verb: str, module: str) -> str:
+    if module.partition(".")[0] in ROOMS:
+        return f"`actuary {verb}` is not part of this installation: it leaves {module.replace('.', '/')} out"
+    extra = VERBS[verb][1]
+    remedy = f"pip install -e '.[{extra}]' in Actuary's folder" if extra else f"pip install {module}"
+    return f"`actuary {verb}` needs the package {module!r}, which is not installed; install it with: {remedy}"
 
 
 if __name__ == "__main__":

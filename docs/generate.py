@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from export.catalogue import describe
-from models.activations import registry
+from models.activations import BUILT_IN
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -17,7 +17,7 @@ README = Path(__file__).parent.parent / "README.md"
 def activation_table() -> str:
     """Our own records as Markdown; those of installed packages are theirs to document."""
     rows = ["| name | kind | formula | paper |", "|---|---|---|---|"]
-    for record in registry().values():
+    for record in BUILT_IN:
         info = describe(record)
         kind = info.kind.replace("_", " ") + "".join(f", {name} from {start:g}" for name, start in info.learned.items())
         rows.append(f"| {info.name} | {kind} | `{info.formula}` | {info.paper} |")

@@ -53,13 +53,16 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, allow_inf_nan=False)
 
 
+Kind = Literal["pointwise", "learned", "gated", "hidden_axis"]
+
+
 class Curve(_Record):
     """f and its slope over x. A gated form is drawn with `up` = 1; one over the hidden axis for one
     unit among `units`, the others at 0."""
 
     x: list[float]
-    y: list[float]
-    slope: list[float]
+    y: list[float | None]  # None where it is not a finite number
+    slope: list[float | None]
     units: int = 1
 
 
@@ -68,7 +71,7 @@ class ActivationInfo(_Record):
 
     name: str
     formula: str
-    kind: Literal["pointwise", "learned", "gated", "hidden_axis"]
+    kind: Kind
     paper: str
     learned: dict[str, float] = {}
     curve: Curve
@@ -103,7 +106,7 @@ class Manifest(_Record):
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
     activation: str
     formula: str
-    kind: Literal["pointwise", "learned", "gated", "hidden_axis"]
+    kind: Kind
     head: Literal["softmax", "sigmoid"]
     precision: Literal["fp32", "int8", "fp16", "bf16"]
     flavor: Literal["ort", "portable"]
@@ -169,7 +172,10 @@ def read_bundle(folder: Path) -> Manifest:
         path = folder / name
         if not path.is_file():
             raise BadInput(f"bundle {folder}: {name} is missing; export it again")
-        found = sha256_of(path)
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise BadInput(f"bundle {folder}: {name} cannot be read ({error.strerror})") from error
         if found != expected:
             raise BadInput(
                 f"bundle {folder}: {name} has sha256 {found[:12]}..., its manifest says {expected[:12]}...; "

@@ -6,6 +6,7 @@ registry beside the bundles.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -34,10 +35,10 @@ def curve(activation: Activation) -> Curve:
     # A step function has no path back to x: its slope is 0 wherever it exists.
     slope = torch.autograd.grad(y.sum(), x)[0] if y.requires_grad else torch.zeros_like(x)
 
-    def rounded(values: torch.Tensor) -> list[float]:
-        return [float(f"{value:.6g}") for value in values.detach().tolist()]
+    def rounded(values: torch.Tensor) -> list[float | None]:
+        return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.detach().tolist()]
 
-    return Curve(x=rounded(x), y=rounded(y), slope=rounded(slope), units=units)
+    return Curve(x=x.tolist(), y=rounded(y), slope=rounded(slope), units=units)
 
 
 def describe(activation: Activation) -> ActivationInfo:

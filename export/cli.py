@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from actuary import BadInput
+from actuary import ActuaryError, BadInput
+
+if TYPE_CHECKING:
+    from export.exporter import Checkpoint
+    from models.gpt import ActuaryConfig
 
 errors = Console(stderr=True)
 
@@ -44,9 +50,9 @@ errors = Console(stderr=True)
 )
 @click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="With --random.")
 @click.option("--dim", type=click.IntRange(2), default=128, show_default=True, help="With --random.")
-@click.option("--heads", type=click.IntRange(1), default=2, show_default=True, help="With --random.")
+@click.option("--heads", type=click.IntRange(1), help="With --random.  [default: about one per 64 channels]")
 @click.option("--context", type=click.IntRange(1), default=128, show_default=True, help="With --random.")
-@click.option("--vocab", type=click.IntRange(257), default=2048, show_default=True, help="With --random.")
+@click.option("--vocab", type=click.IntRange(1), default=2048, show_default=True, help="With --random.")
 @click.option(
     "--gated-width",
     type=click.Choice(["matched", "full"]),
@@ -84,30 +90,46 @@ def export(
         raise BadInput(f"--{given[0].replace('_', '-')} goes with --random; a checkpoint brings its own")
     with errors.status("loading torch"):
         from export import exporter
-        from models.corpus import Corpus
-        from models.gpt import ActuaryConfig
+        from models.gpt import ActuaryConfig, default_heads
+
     if random_weights:
-        vocab = shape.pop("vocab")
-        config = ActuaryConfig(activation=activation or "", vocab_size=vocab, **shape)
-        with errors.status("reading the corpus for a tokenizer"):
-            sources = [exporter.random_checkpoint(name or f"{config.name}-random", config, Corpus.read())]
+        shape["heads"] = shape["heads"] or default_heads(shape["dim"])
+        config = ActuaryConfig(activation=activation or "", vocab_size=shape.pop("vocab"), **shape)
+        named = name or f"{config.name}-random"
+        sources = [(named, functools.partial(_random, named, config))]
     else:
         folders = exporter.find_checkpoints(list(checkpoints))
         if name and len(folders) > 1:
             raise BadInput(f"--name {name} fits one bundle, but {len(folders)} checkpoints are named")
-        sources = [exporter.read_checkpoint(folder) for folder in folders]
-    manifests = []
-    for source in sources:
-        with errors.status(f"exporting {source.name}"):
-            folder, manifest = exporter.export_bundle(source, out, name)
+        exporter.check_names(folders)
+        sources = [(str(folder), functools.partial(exporter.read_checkpoint, folder)) for folder in folders]
+    manifests, failures = [], []
+    for label, read in sources:  # one at a time: each may fill the memory
+        try:
+            with errors.status(f"exporting {label}"):
+                folder, manifest = exporter.export_bundle(read(), out, name)
+        except ActuaryError as error:
+            failures.append(error)
+            continue
         manifests.append(manifest)
         errors.print(
-            f"{folder}: {manifest.parameters:,} parameters, logits within {manifest.parity.max_rel:.1e} "
-            f"of torch in float64 (allowed {manifest.parity.bound:.1e})",
+            f"{folder}: {manifest.parameters:,} parameters, relative error of the logits "
+            f"{manifest.parity.max_rel:.1e} against torch in float64 ({manifest.parity.bound:.1e} allowed)",
             highlight=False,
+            soft_wrap=True,
         )
     if as_json:
         click.echo(json.dumps([json.loads(manifest.to_json()) for manifest in manifests], indent=2))
+    if failures:  # the rest is exported; bad input weighs more than a gate that refused
+        worst = max(failures, key=lambda error: error.exit_code)
+        raise type(worst)("; ".join(map(str, failures)))
+
+
+def _random(name: str, config: ActuaryConfig) -> Checkpoint:
+    from export.exporter import random_checkpoint
+    from models.corpus import Corpus
+
+    return random_checkpoint(name, config, Corpus.read())
 
 
 @click.command()
@@ -152,7 +174,7 @@ def inspect(folder: Path, as_json: bool) -> None:
         },
     }
     for key, value in rows.items():
-        table.add_row(key, value)
+        table.add_row(key, escape(value))
     Console().print(table)
 
 
@@ -184,8 +206,8 @@ def explain(activation: str, as_json: bool) -> None:
         )
         return
     console = Console(highlight=False)
-    console.print(f"[bold]{info.name}[/]  {info.formula}", soft_wrap=True)
-    console.print(f"{info.kind}; {info.paper}", soft_wrap=True)
+    console.print(f"[bold]{info.name}[/]  {escape(info.formula)}", soft_wrap=True)
+    console.print(f"{info.kind}; {escape(info.paper)}", soft_wrap=True)
     if info.learned:
         console.print("learned: " + ", ".join(f"{name}, starting at {start:g}" for name, start in info.learned.items()))
     if not expression.elementwise:
@@ -212,5 +234,5 @@ def list_(as_json: bool) -> None:
     for column in ("name", "kind", "formula", "paper"):
         table.add_column(column, no_wrap=column in ("name", "kind"))
     for record in records:
-        table.add_row(record.name, record.kind, record.formula, record.paper)
+        table.add_row(record.name, record.kind, *map(escape, (record.formula, record.paper)))
     Console().print(table)

@@ -33,8 +33,8 @@ from models import activations
 from models.corpus import Corpus, padded_tokenizer
 from models.files import new_folder
 from models.gpt import ActuaryConfig, ActuaryGPT
+from models.train import finished
 
-QUALITY = "quality.json"  # what training measured, beside the weights
 # protobuf cannot hold 2 GiB; past this the weights go into a file beside the model.
 EXTERNAL_DATA_FROM_BYTES = 1_800_000_000
 
@@ -53,14 +53,24 @@ def find_checkpoints(paths: list[Path]) -> list[Path]:
     """Each path that is a checkpoint, and the checkpoints inside each that is a folder of them, in order."""
     found: list[Path] = []
     for path in paths:
-        inside = [path] if (path / "config.json").is_file() else sorted(p.parent for p in path.glob("*/config.json"))
+        inside = [path]
+        if not (path / "config.json").is_file():  # a hidden folder is a write that never ended
+            inside = sorted(p.parent for p in path.glob("*/config.json") if not p.parent.name.startswith("."))
         if not inside:
             raise BadInput(
                 f"{path} is neither a checkpoint (it holds no config.json) nor a folder of checkpoints; "
                 "train one with: actuary train"
             )
-        found += [p for p in inside if p not in found]
+        found += [p for p in inside if p.resolve() not in {other.resolve() for other in found}]
     return found
+
+
+def check_names(folders: list[Path]) -> None:
+    """BadInput where two checkpoints would become one bundle."""
+    names = [folder.resolve().name for folder in folders]
+    twice = [str(folder) for folder, name in zip(folders, names, strict=True) if names.count(name) > 1]
+    if twice:
+        raise BadInput(f"{' and '.join(twice)} have one name; export them one at a time, with --name")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -70,22 +80,37 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise BadInput(f"checkpoint {folder}: {name} is missing; train it again with: actuary train")
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise BadInput(f"checkpoint {folder}: config.json must hold an object; train it again")
         if settings.get("model_type") != ActuaryConfig.model_type:
             raise BadInput(
                 f"checkpoint {folder} is a {settings.get('model_type')!r}; `actuary export` reads "
                 f"{ActuaryConfig.model_type!r}, as `actuary train` writes"
             )
         transformers_logging.disable_progress_bar()  # two milliseconds of loading need no bar
-        model, seen = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+        model, seen = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, dtype=torch.float32
+        )
         wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in seen[kind]]
         if wrong:
             raise BadInput(f"checkpoint {folder}: its weights do not fit its config.json at {wrong[0]}; train it again")
         _check_tokenizer(folder, model.config.vocab_size)
-        quality_path = folder / QUALITY
-        quality = bundle.Quality.model_validate_json(quality_path.read_bytes()) if quality_path.is_file() else None
+        quality = _read_quality(folder, model.config.activation)
     except (SafetensorError, OSError, json.JSONDecodeError, ValidationError, RuntimeError, UnicodeDecodeError) as error:
         raise BadInput(f"checkpoint {folder} cannot be read: {error}; train it again with: actuary train") from error
-    return Checkpoint(folder.name, model.eval(), (folder / bundle.TOKENIZER).read_bytes(), quality)
+    return Checkpoint(folder.resolve().name, model.eval(), (folder / bundle.TOKENIZER).read_bytes(), quality)
+
+
+def _read_quality(folder: Path, activation: str) -> bundle.Quality | None:
+    """What training measured; None for a checkpoint that `actuary train` did not finish itself."""
+    measured = finished(folder)
+    if measured is None:
+        return None
+    if measured["recipe"].get("formula") != activations.get(activation).digest:
+        raise BadInput(
+            f"checkpoint {folder} was trained when {activation!r} had another formula; delete it and train it again"
+        )
+    return bundle.Quality.model_validate(measured)
 
 
 def _check_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -177,9 +202,9 @@ def _manifest(**fields: Any) -> bundle.Manifest:
 
 
 def _save_model(model: onnx.ModelProto, path: Path) -> None:
-    onnx.checker.check_model(model)
     large = model.ByteSize() > EXTERNAL_DATA_FROM_BYTES
     onnx.save_model(model, path, save_as_external_data=large, location=f"{path.name}.data" if large else None)
+    onnx.checker.check_model(str(path))  # by path: a model over 2 GiB cannot be checked in memory
 
 
 def _versions() -> dict[str, str]:

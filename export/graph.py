@@ -142,13 +142,10 @@ def _attention(g: Graph, config: ActuaryConfig, at: str, w: Weights, x: str, pos
     )
     q, k, v = g.split("Split", qkv, outputs=[at + "q", at + "k", at + "v"], axis=-1, num_outputs=3)
 
-    def by_head(y: str, *order: int) -> str:
-        return g.node("Transpose", y, perm=order)
-
     def rotated(y: str, gain: NDArray[np.float32], name: str) -> str:
         """QK-norm, then RoPE: [B, T, C] -> [B, heads, T, head_dim]."""
         y = g.node("Reshape", y, g.ints(0, 0, heads, head_dim))
-        y = by_head(g.rms_norm(y, g.weight(at + name, gain)), 0, 2, 1, 3)
+        y = g.node("Transpose", g.rms_norm(y, g.weight(at + name, gain)), perm=[0, 2, 1, 3])
         a, b = g.split("Split", y, outputs=[at + name + "_first", at + name + "_second"], axis=-1, num_outputs=2)
         first = g.node("Sub", g.node("Mul", a, cos), g.node("Mul", b, sin))
         second = g.node("Add", g.node("Mul", b, cos), g.node("Mul", a, sin))
@@ -157,10 +154,10 @@ def _attention(g: Graph, config: ActuaryConfig, at: str, w: Weights, x: str, pos
     # The 1 / sqrt(head_dim) of the scores rides on q's gain.
     q = rotated(q, w["attention.q_norm.weight"] * np.float32(head_dim**-0.5), "q_norm")
     k = g.node("Transpose", rotated(k, w["attention.k_norm.weight"], "k_norm"), perm=[0, 1, 3, 2])
-    v = by_head(g.node("Reshape", v, g.ints(0, 0, heads, head_dim)), 0, 2, 1, 3)
+    v = g.node("Transpose", g.node("Reshape", v, g.ints(0, 0, heads, head_dim)), perm=[0, 2, 1, 3])
     scores = g.node("Add", g.node("MatMul", q, k), bias)  # [B, heads, T, T]
     y = g.node("MatMul", g.node("Softmax", scores, axis=-1), v)
-    y = g.node("Reshape", by_head(y, 0, 2, 1, 3), g.ints(0, 0, config.dim))
+    y = g.node("Reshape", g.node("Transpose", y, perm=[0, 2, 1, 3]), g.ints(0, 0, config.dim))
     return g.node("Add", x, g.linear(y, at + "out", w["attention.out.weight"]))
 
 
@@ -169,7 +166,7 @@ def _feed_forward(
 ) -> str:
     """x + down(activation(up(norm(x)))): [..., C] -> [..., C]."""
     up = g.linear(g.rms_norm(x, g.weight(at + "ffn_norm", w["ffn_norm.weight"])), at + "up", w["ffn.up.weight"])
-    learned = [g.weight(f"{at}{name}", w[f"ffn.learned.{name}"]) for name in activation.learned]
+    learned = [g.weight(f"{at}learned.{name}", w[f"ffn.learned.{name}"]) for name in activation.learned]
     hidden = g.node(activation.name, up, *learned, domain=bundle.DOMAIN, output=at + "hidden")
     shape = [rows, config.hidden] if rows else ["batch", "time", config.hidden]
     g.value_info.append(helper.make_tensor_value_info(hidden, TensorProto.FLOAT, shape))

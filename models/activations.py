@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import importlib.metadata
 import inspect
 import math
@@ -62,8 +63,8 @@ class Activation:
                 f"activation {self.name!r} of kind {self.kind!r} takes {arguments}; allowed: (x) when pointwise "
                 "or hidden_axis, (x, scalar=start, ...) when learned, (gate, up) when gated"
             )
-        if not self.name.isidentifier():
-            raise BadInput(f"activation name {self.name!r} must be an identifier: it names an ONNX operator")
+        if not (self.name.isidentifier() and self.name.isascii()):
+            raise BadInput(f"activation name {self.name!r} must be an ASCII identifier: it names an ONNX operator")
 
     @property
     def gated(self) -> bool:
@@ -74,6 +75,15 @@ class Activation:
         """Learned scalars and where they start."""
         parameters = inspect.signature(self.expression).parameters.values()
         return MappingProxyType({p.name: p.default for p in parameters if p.default is not p.empty})
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """12 hex digits that change when the formula does: of its values at fixed places, to 6 figures."""
+        x = torch.linspace(-8, 8, 64, dtype=torch.float64).reshape(8, 8)
+        tensors = (x, x.flip(0)) if self.gated else (x,)
+        learned = (torch.tensor([start], dtype=torch.float64) for start in self.learned.values())
+        text = " ".join(f"{value:.6g}" for value in self.expression(*tensors, *learned).flatten().tolist())
+        return hashlib.sha256(f"{text} {dict(self.learned)}".encode()).hexdigest()[:12]
 
     def __call__(self, projected: Tensor, **learned: Tensor) -> Tensor:
         """Apply to the up-projection's output: [..., H], or packed [..., 2H] when gated -> [..., H]."""
@@ -118,7 +128,7 @@ def solu(x: Tensor) -> Tensor:
 SHAZEER = "Shazeer 2020, GLU Variants Improve Transformer, arXiv:2002.05202"
 
 # fmt: off
-_BUILT_IN = (
+BUILT_IN = (
     Activation("threshold", threshold, "pointwise", "Rosenblatt 1958, The Perceptron"),
     Activation("sigmoid", lambda x: torch.sigmoid(x), "pointwise", "Verhulst 1838; Rumelhart et al. 1986"),
     Activation("tanh", lambda x: torch.tanh(x), "pointwise", "LeCun et al. 1998, Efficient BackProp"),
@@ -166,7 +176,7 @@ _BUILT_IN = (
 @functools.cache
 def registry() -> Mapping[str, Activation]:
     """Every activation by name: ours in the order above, then those of installed packages."""
-    records = {record.name: record for record in _BUILT_IN}
+    records = {record.name: record for record in BUILT_IN}
     for point in sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda p: p.name):
         try:
             record = point.load()

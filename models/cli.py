@@ -11,18 +11,18 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from actuary import BadInput, GateFailed
+from actuary import ActuaryError, BadInput, cores
 
 if TYPE_CHECKING:
     from models.train import Recipe, Variant
 
 DEFAULT_SET = "gelu,silu,swiglu,relu,sigmoid,gelu-sigmoid-head"
-SIGMOID_HEAD = "-sigmoid-head"
 errors = Console(stderr=True)
 
 
 def _variants(names: str, head: str, seeds: int) -> list[Variant]:
     from models import activations
+    from models.gpt import SIGMOID_HEAD
     from models.train import Variant
 
     asked = [name.strip() for name in names.split(",") if name.strip()]
@@ -63,9 +63,11 @@ def _variants(names: str, head: str, seeds: int) -> list[Variant]:
 )
 @click.option("--layers", type=click.IntRange(1), default=None, help="Blocks.  [default: 2]")
 @click.option("--dim", type=click.IntRange(2), default=None, help="Channels of the residual stream.  [default: 128]")
-@click.option("--heads", type=click.IntRange(1), default=None, help="Attention heads.  [default: one per 64 channels]")
+@click.option(
+    "--heads", type=click.IntRange(1), default=None, help="Attention heads.  [default: about one per 64 channels]"
+)
 @click.option("--context", type=click.IntRange(2), default=None, help="Longest prompt, in tokens.  [default: 128]")
-@click.option("--vocab", type=click.IntRange(257), default=None, help="Entries of the byte-level BPE.  [default: 2048]")
+@click.option("--vocab", type=click.IntRange(1), default=None, help="Entries of the byte-level BPE.  [default: 2048]")
 @click.option("--batch", type=click.IntRange(1), default=None, help="Windows per step.  [default: 4]")
 @click.option(
     "--gated-width",
@@ -112,28 +114,34 @@ def train(
     Examples:
       actuary train --activations gelu,swiglu --steps 600 --seeds 3
       actuary train --activations silu --corpus ~/notes --corpus book.txt
-      accelerate launch --num_processes 4 .venv/bin/actuary train --activations gelu --batch 64
+      torchrun --nproc_per_node 4 -m actuary train --activations gelu --batch 64     (or accelerate launch)
     """
+    from accelerate import Accelerator
+
     from models.corpus import Corpus
+    from models.gpt import default_heads
     from models.train import Recipe
-    from models.trainer import cores, train_all
+    from models.trainer import train_all
 
     given = {key: value for key, value in shape.items() if value is not None}
     if "dim" in given and "heads" not in given:
-        given["heads"] = max(1, given["dim"] // 64)
+        given["heads"] = default_heads(given["dim"])
     recipe = Recipe(gated_width=gated_width, **given)  # type: ignore[arg-type]
     variants = _variants(activations, head, seeds)
-    with errors.status("reading the corpus"):
+    processes = Accelerator()
+    if processes.is_main_process and not errors.is_terminal:
+        errors.print("reading the corpus")
+    with errors.status("reading the corpus"), processes.main_process_first():
         corpus = Corpus.read(paths)
         corpus.ids(recipe.vocab)
     failures = train_all(variants, recipe, corpus, out, workers or cores(), errors)
     summary = _summary(variants, recipe, corpus.yardsticks(recipe.vocab), out)
-    if as_json:
+    if as_json and processes.is_main_process:
         click.echo(json.dumps(summary, indent=2))
-    else:
+    elif processes.is_main_process:
         _print(summary, errors)
     if failures:
-        raise GateFailed("; ".join(map(str, failures)))
+        raise ActuaryError("; ".join(map(str, failures)))
 
 
 def _summary(variants: list[Variant], recipe: Recipe, yardsticks: dict[str, float], out: Path) -> dict[str, Any]:
@@ -156,6 +164,8 @@ def _summary(variants: list[Variant], recipe: Recipe, yardsticks: dict[str, floa
 
 
 def _print(summary: dict[str, Any], console: Console) -> None:
+    if not summary["variants"]:
+        return
     table = Table(
         box=None, header_style="bold", title=f"held-out quality after {summary['steps']} steps", title_justify="left"
     )

@@ -28,8 +28,8 @@ from models.files import new_folder, write_atomically
 log = logging.getLogger(__name__)
 
 CACHE = Path("artifacts/corpus")
-END_OF_TEXT = "<|endoftext|>"  # id 0; stands before every document
 SMALLEST_VOCAB = 257  # every byte, and the end of text
+END_OF_TEXT = "<|endoftext|>"  # id 0; stands before every document
 HELD_OUT_SHARE = 20  # one document in this many
 # Not prose about Python: fixtures, generated tables, vendored packages.
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "encodings", "__pycache__"}
@@ -38,7 +38,7 @@ _LEFT_OUT_PREFIX = "_sysconfigdata"
 
 @dataclass(frozen=True)
 class Ids:
-    """Token ids of both halves, and the bytes that they stand for."""
+    """Token ids of both parts, and the bytes that they stand for."""
 
     train: NDArray[np.int32]  # [N]
     held_out: NDArray[np.int32]  # [M], beginning with the end-of-text id, so that every token has one before it
@@ -50,14 +50,14 @@ class Ids:
         return self.train_bytes / len(self.train)
 
     def frequency(self, vocab_size: int) -> NDArray[np.float64]:
-        """Unigram probabilities [V] on the training half, half a count added so that none is zero."""
+        """Unigram probabilities [V] on the training part, half a count added so that none is zero."""
         counts = np.bincount(self.train, minlength=vocab_size) + 0.5
         return counts / counts.sum()
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order, split into a training and a held-out half."""
+    """Documents in a fixed order, split into a training and a held-out part."""
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -120,7 +120,7 @@ class Corpus:
         return folder
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
-        """Byte-level BPE of at most `vocab_size` entries, trained on the training half."""
+        """Byte-level BPE of at most `vocab_size` entries, trained on the training part."""
         return Tokenizer.from_file(str(self._cached(vocab_size) / "tokenizer.json"))
 
     def ids(self, vocab_size: int) -> Ids:
@@ -161,17 +161,20 @@ def _standard_library() -> dict[str, Path]:
 
 
 def _named_files(paths: Iterable[Path]) -> dict[str, Path]:
+    paths = list(dict.fromkeys(paths))
+    names = [path.name for path in paths]
     files: dict[str, Path] = {}
     for path in paths:
+        label = path.name if names.count(path.name) == 1 else str(path)  # a/src and b/src are two folders
         if path.is_dir():
             inside = (p for p in path.rglob("*") if p.is_file())
             files |= {
-                f"{path.name}/{p.relative_to(path)}": p
+                f"{label}/{p.relative_to(path)}": p
                 for p in inside
                 if not any(part.startswith(".") or part == "__pycache__" for part in p.relative_to(path).parts)
             }
         elif path.is_file():
-            files[path.name if path.name not in files else str(path)] = path
+            files[label] = path
         else:
             raise BadInput(f"corpus path {path} does not exist")
     return files

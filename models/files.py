@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,23 +18,28 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def check_writable(folder: Path) -> None:
+    """Makes the folder where it is not there; BadInput where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BadInput(f"cannot write to {folder}: {error.strerror}; choose a folder that you may write to") from error
+
+
 @contextlib.contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
     """A folder to fill, which takes `destination`'s place when the block ends well; else what stood there stays."""
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    except OSError as error:
-        raise BadInput(
-            f"cannot write to {destination.parent}: {error.strerror}; choose another folder with --out"
-        ) from error
-    try:
+    check_writable(destination.parent)
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
+        partial, old = Path(scratch, "new"), Path(scratch, "old")
+        partial.mkdir()
         yield partial
-        partial.chmod(0o755)
-        old = destination.with_name(f".{destination.name}.{os.getpid()}.old")
         if destination.exists():
             destination.rename(old)
-        partial.rename(destination)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.rename(destination)
+        except OSError:
+            if old.exists():
+                old.rename(destination)
+            raise

@@ -27,6 +27,10 @@ from actuary import BadInput
 from models import activations
 
 Head = Literal["softmax", "sigmoid"]
+HEADS = ("softmax", "sigmoid")
+GATED_WIDTHS = ("matched", "full")
+HEAD_DIM = 64  # where nobody chose
+SIGMOID_HEAD = "-sigmoid-head"
 NORM_EPS = 1e-6
 ROPE_BASE = 10000.0
 WIDTH_STEP = 8  # hidden widths are whole vectors of 8 floats
@@ -38,6 +42,17 @@ def hidden_width(dim: int, gated: bool, gated_width: str = "matched") -> int:
     if not gated or gated_width == "full":
         return 4 * dim
     return max(WIDTH_STEP, round(8 * dim / 3 / WIDTH_STEP) * WIDTH_STEP)
+
+
+def default_heads(dim: int) -> int:
+    """As many heads as bring head_dim nearest to 64, each with an even number of channels."""
+    fitting = [heads for heads in range(1, dim // 2 + 1) if dim % (2 * heads) == 0]
+    return min(fitting, key=lambda heads: abs(dim / heads - HEAD_DIM), default=1)
+
+
+def variant_name(activation: str, head: Head, seed: int = 0) -> str:
+    """The name of a variant's checkpoint and bundle."""
+    return activation + (SIGMOID_HEAD if head == "sigmoid" else "") + (f"-seed{seed}" if seed else "")
 
 
 class ActuaryConfig(PreTrainedConfig):
@@ -74,17 +89,17 @@ class ActuaryConfig(PreTrainedConfig):
         gated_width: Literal["matched", "full"] = "matched",
         **kwargs: Any,
     ) -> None:
-        for name, value in (
-            ("vocab", vocab_size),
-            ("context", context),
-            ("layers", layers),
-            ("dim", dim),
-            ("heads", heads),
-        ):
-            if value < 1:
-                raise BadInput(f"{name} must be at least 1, not {value}")
-        if head not in ("softmax", "sigmoid"):
-            raise BadInput(f"head must be softmax or sigmoid, not {head!r}")
+        if not isinstance(activation, str):
+            raise BadInput(f"activation must be a name of the registry, not {activation!r}")
+        whole = {"vocab": vocab_size, "context": context, "layers": layers, "dim": dim, "heads": heads}
+        if hidden is not None:
+            whole["hidden"] = hidden
+        for name, value in whole.items():
+            if type(value) is not int or value < 1:
+                raise BadInput(f"{name} must be a whole number of at least 1, not {value!r}")
+        for name, value, allowed in (("head", head, HEADS), ("gated_width", gated_width, GATED_WIDTHS)):
+            if value not in allowed:
+                raise BadInput(f"{name} must be {' or '.join(allowed)}, not {value!r}")
         if dim % heads or (dim // heads) % 2:
             raise BadInput(
                 f"dim {dim} must be a multiple of 2 * heads, heads is {heads}: "
@@ -105,14 +120,13 @@ class ActuaryConfig(PreTrainedConfig):
 
     @property
     def name(self) -> str:
-        """The variant's name: the activation, with `-sigmoid-head` where the head is that."""
-        return self.activation + ("-sigmoid-head" if self.head == "sigmoid" else "")
+        return variant_name(self.activation, self.head)
 
 
-def rope_tables(T: int, head_dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin of RoPE's angles (Su et al. 2021), each [T, head_dim / 2]."""
-    inverse = ROPE_BASE ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
-    angles = torch.outer(torch.arange(T, device=device, dtype=torch.float64), inverse)
+def rope_tables(T: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of RoPE's angles (Su et al. 2021), each [T, head_dim / 2], in float64 on the CPU."""
+    inverse = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(T, dtype=torch.float64), inverse)
     return angles.cos(), angles.sin()
 
 
@@ -215,7 +229,7 @@ class ActuaryGPT(PreTrainedModel, GenerationMixin):
         """[B, T] -> [B, T, C], after the last norm. `attention_mask` [B, T] is 0 where padded."""
         T = input_ids.shape[1]
         x = F.rms_norm(self.embed(input_ids), (self.config.dim,), eps=NORM_EPS)
-        cos, sin = (table.to(x.dtype) for table in rope_tables(T, self.config.dim // self.config.heads, x.device))
+        cos, sin = (table.to(x.dtype).to(x.device) for table in rope_tables(T, self.config.dim // self.config.heads))
         mask = None
         if attention_mask is not None and not bool(attention_mask.all()):
             causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
@@ -238,11 +252,9 @@ class ActuaryGPT(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutput:
         """ids [B, T] -> logits [B, T, V]; `labels` [B, T], as everywhere in transformers, are the ids themselves
         and -100 where they do not count."""
-        hidden = self.hidden_states(input_ids, attention_mask)
-        if labels is None:
-            return CausalLMOutput(logits=self.logits(hidden))
-        logits = self.logits(hidden[:, :-1])  # the last position has no label
-        return CausalLMOutput(loss=head_loss(logits, labels[:, 1:], self.config.head), logits=logits)
+        logits = self.logits(self.hidden_states(input_ids, attention_mask))
+        loss = None if labels is None else head_loss(logits[:, :-1], labels[:, 1:], self.config.head)
+        return CausalLMOutput(loss=loss, logits=logits)
 
 
 def head_loss(logits: Tensor, targets: Tensor, head: Head) -> Tensor:

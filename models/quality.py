@@ -35,9 +35,9 @@ def held_out_quality(model: ActuaryGPT, ids: Ids) -> tuple[float, float, float]:
         batch = torch.from_numpy(np.stack(group)).long().to(device)
         logits = model.logits(model.hidden_states(batch[:, :-1]))
         log_p, targets = log_probabilities(logits, head), batch[:, 1:]
-        nats -= float(log_p.gather(-1, targets[..., None]).double().sum())
+        nats -= float(log_p.gather(-1, targets[..., None]).cpu().double().sum())
         sigmoids = torch.sigmoid(logits)
-        mass += float(sigmoids.double().sum())
+        mass += float(sigmoids.cpu().double().sum())
         total += targets.numel()
         likeliest = log_p.argmax(-1, keepdim=True)
         confidence = (

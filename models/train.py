@@ -17,22 +17,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import safetensors
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from actuary import ActuaryError, BadInput
+from models import activations
 from models.corpus import Corpus
 from models.files import new_folder, write_atomically
-from models.gpt import ActuaryConfig, ActuaryGPT, log_probabilities
+from models.gpt import ActuaryConfig, ActuaryGPT, log_probabilities, variant_name
 from models.quality import held_out_quality
+from models.resume import load_state, save_state
 
 SAVE_EVERY_S = 20.0
 REPORT_EVERY = 10
+WORST_BITS_PER_BYTE = 64.0  # eight times what no knowledge at all would cost: not a model
+QUALITY = "quality.json"  # what training measured, beside the weights; written last, so it says "finished"
 UNFINISHED = ".unfinished"  # inside the output folder: states of variants that were stopped
 
 
@@ -42,6 +44,10 @@ class Stopped(ActuaryError):
 
 class Diverged(ActuaryError):
     """The loss is no longer a number."""
+
+
+def _diverged(variant: Variant, what: str) -> Diverged:
+    return Diverged(f"{variant.name} diverged: {what}; nothing of it was kept, the other variants go on")
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        head = "-sigmoid-head" if self.head == "sigmoid" else ""
-        return f"{self.activation}{head}" + (f"-seed{self.seed}" if self.seed else "")
+        return variant_name(self.activation, self.head, self.seed)
 
 
 @dataclass(frozen=True)
@@ -117,16 +122,29 @@ class Progress:
 
 
 def fingerprint(variant: Variant, recipe: Recipe, corpus_sha256: str) -> dict[str, Any]:
-    """What must be equal for a finished or stopped variant to count as this one."""
-    return json.loads(
-        json.dumps({**dataclasses.asdict(variant), **dataclasses.asdict(recipe), "corpus_sha256": corpus_sha256})
-    )
+    """What must be equal for a finished or stopped variant to count as this one; the formula itself is part of it."""
+    formula = activations.get(variant.activation).digest
+    mark = {
+        **dataclasses.asdict(variant),
+        **dataclasses.asdict(recipe),
+        "corpus_sha256": corpus_sha256,
+        "formula": formula,
+    }
+    return dict(json.loads(json.dumps(mark)))  # tuples become lists, as they will when it is read back
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """What training measured of the checkpoint in `folder`; None where none is finished."""
-    path = folder / "quality.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    """What training measured of the checkpoint in `folder`; None where none is finished; BadInput: it is damaged."""
+    path = folder / QUALITY
+    if not path.is_file():
+        return None
+    try:
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("bits_per_byte", "ece", "sigmoid_mass", "seconds"):
+            float(measured[key])
+        return {**measured, "recipe": dict(measured["recipe"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"{path} cannot be read ({error!r}); delete {folder} and train it again") from error
 
 
 def windows(ids: NDArray[np.int32], recipe: Recipe, seed: int, step: int) -> NDArray[np.int32]:
@@ -147,39 +165,12 @@ def _optimizer(model: ActuaryGPT, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=recipe.matrix_lr, betas=recipe.betas, fused=True)
 
 
-def _save_state(path: Path, step: int, mark: dict[str, Any], model: ActuaryGPT, optimizer: torch.optim.AdamW) -> None:
-    """Weights and Adam's moments as safetensors, so that a state is never unpickled."""
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}.{name}"] = value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-        partial,
-        {"step": str(step), "fingerprint": json.dumps(mark)},
-    )
-    partial.replace(path)
-
-
-def _load_state(path: Path, mark: dict[str, Any], model: ActuaryGPT, optimizer: torch.optim.AdamW) -> int:
-    """Puts a stopped variant's state back; the step to go on from, 0 where there is none of the same kind."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            if json.loads(metadata["fingerprint"]) != mark:
-                return 0
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(file.get_tensor(f"model.{name}"))
-                    keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in file.keys()]  # noqa: SIM118
-                    optimizer.state[parameter] = {
-                        key: file.get_tensor(f"{key}.{name}").to(parameter.device) for key in keys
-                    }
-            return int(metadata["step"])
-    except (FileNotFoundError, safetensors.SafetensorError):
-        return 0
+def _any_process(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
+    """Whether a flag stands on any process, so that all of them leave the loop at the same step."""
+    if accelerator.num_processes == 1:
+        return flags
+    raised = accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=accelerator.device))
+    return tuple(bool(count) for count in raised.tolist())
 
 
 def train_variant(
@@ -190,7 +181,7 @@ def train_variant(
     report: Callable[[Progress], None],
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Trains OUT/NAME from where it stands, and measures it on the held-out half.
+    """Trains OUT/NAME from where it stands, and measures it on the held-out text.
 
     Args:
         report: called every few steps, on the first process only.
@@ -212,7 +203,7 @@ def train_variant(
     optimizer = _optimizer(model, recipe)
     mark = fingerprint(variant, recipe, corpus.sha256)
     state_path = out / UNFINISHED / f"{variant.name}.safetensors"
-    first = _load_state(state_path, mark, model, optimizer)
+    first, seconds_before = load_state(state_path, mark, model, optimizer)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     started = saved = time.monotonic()
     for step in range(first, recipe.steps):
@@ -224,40 +215,44 @@ def train_variant(
         accelerator.clip_grad_norm_(wrapped.parameters(), recipe.clip_norm)
         prepared.step()
         prepared.zero_grad()
-        if step % REPORT_EVERY == 0 or step + 1 == recipe.steps:
+        loss = math.nan
+        reports = step % REPORT_EVERY == 0 or step + 1 == recipe.steps
+        if reports:
             loss = float(output.loss.detach())
-            if not math.isfinite(loss):
-                raise Diverged(
-                    f"{variant.name}: the loss is {loss} at step {step + 1}; lower --steps or the recipe's rates"
-                )
-            if accelerator.is_main_process:
-                nats = _batch_nats(output.logits, batch, variant.head)
-                report(Progress(variant.name, step + 1, loss, nats / math.log(2) / ids.bytes_per_token))
-        if step + 1 < recipe.steps and (should_stop() or time.monotonic() - saved > SAVE_EVERY_S):
+        stop, diverged = _any_process(accelerator, should_stop(), reports and not math.isfinite(loss))
+        if diverged:
+            raise _diverged(variant, f"the loss is {loss} at step {step + 1}")
+        if reports and accelerator.is_main_process:
+            nats = _batch_nats(output.logits, batch, variant.head)
+            report(Progress(variant.name, step + 1, loss, nats / math.log(2) / ids.bytes_per_token))
+        if step + 1 < recipe.steps and (stop or time.monotonic() - saved > SAVE_EVERY_S):
             saved = time.monotonic()
             if accelerator.is_main_process:
-                _save_state(state_path, step + 1, mark, model, optimizer)
-            if should_stop():
+                save_state(state_path, step + 1, seconds_before + saved - started, mark, model, optimizer)
+            if stop:
                 raise Stopped(
                     f"{variant.name} stopped after {step + 1} of {recipe.steps} steps; "
                     "the same command goes on from there"
                 )
-    seconds = time.monotonic() - started
+    seconds = seconds_before + time.monotonic() - started
     quality: dict[str, Any] = {}
     if accelerator.is_main_process:
         bits_per_byte, ece, mass = held_out_quality(model, ids)
+        if not bits_per_byte < WORST_BITS_PER_BYTE:
+            raise _diverged(variant, f"it ended at {bits_per_byte:.3g} bits per byte")
         quality = {
             "bits_per_byte": bits_per_byte,
             "ece": ece,
             "sigmoid_mass": mass,
             "corpus_sha256": corpus.sha256,
             "seconds": seconds,
+            "processes": accelerator.num_processes,
             "recipe": mark,
         }
         with new_folder(out / variant.name) as folder:
             model.cpu().save_pretrained(folder)
             corpus.tokenizer(recipe.vocab).save(str(folder / "tokenizer.json"))
-            write_atomically(folder / "quality.json", json.dumps(quality, indent=2))
+            write_atomically(folder / QUALITY, json.dumps(quality, indent=2))
         state_path.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -265,6 +260,6 @@ def train_variant(
 
 
 def _batch_nats(logits: Tensor, batch: Tensor, head: Literal["softmax", "sigmoid"]) -> float:
-    """Mean nats per token of a batch's logits [B, T, V] for ids [B, T + 1]."""
+    """Mean nats per token of a batch's logits [B, T, V], each position's for the id [B, T] after it."""
     with torch.inference_mode():
-        return -float(log_probabilities(logits, head).gather(-1, batch[:, 1:, None]).mean())
+        return -float(log_probabilities(logits[:, :-1], head).gather(-1, batch[:, 1:, None]).mean())

@@ -12,27 +12,26 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from actuary import ActuaryError, BadInput
+from actuary import ActuaryError, BadInput, cores
 from models import activations
 from models.corpus import Corpus
+from models.files import check_writable
 from models.train import Diverged, Recipe, Stopped, Variant, fingerprint, finished, train_variant
 from models.train import Progress as Report
 
 _stop = threading.Event()
 _reports: Any = None  # a worker's queue to its parent
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def to_train(variants: Sequence[Variant], recipe: Recipe, corpus: Corpus, out: Path) -> list[Variant]:
@@ -66,11 +65,13 @@ def train_all(
     smallest = min(len(ids) for ids in (corpus.ids(recipe.vocab).train, corpus.ids(recipe.vocab).held_out))
     if smallest <= recipe.context + 1:
         raise BadInput(
-            f"the corpus is too small: a half has {smallest} tokens, context {recipe.context} needs more; "
+            f"the corpus is too small: its smaller part has {smallest} tokens, context {recipe.context} needs more; "
             "name more text or lower --context"
         )
     if not missing:
         return []
+    check_writable(out)
+    _stop.clear()
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     main = int(os.environ.get("RANK", "0")) == 0
     with _bars(missing, recipe, console, visible=main) as show:
@@ -81,52 +82,59 @@ def train_all(
 
 @contextlib.contextmanager
 def _bars(variants: Sequence[Variant], recipe: Recipe, console: Console, visible: bool) -> Iterator[Any]:
-    columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  bits/byte {task.fields[bits]}"),
-        TimeElapsedColumn(),
+    columns = (  # 80 characters in all
+        TextColumn("{task.description:<18}"),
+        BarColumn(bar_width=12),
+        TextColumn("{task.completed:>4.0f}/{task.total:.0f}"),
+        TextColumn("loss {task.fields[loss]} {task.fields[bits]} bits/byte"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not visible, refresh_per_second=4) as progress:
-        tasks = {
-            v.name: progress.add_task(v.name, total=recipe.steps, loss="     -", bits="    -", start=False)
-            for v in variants
-        }
+    with Progress(*columns, console=console, disable=not (visible and console.is_terminal)) as progress:
+        tasks = {v.name: progress.add_task(v.name, total=recipe.steps, loss="-", bits="-") for v in variants}
         smooth: dict[str, float] = {}
+        said = dict.fromkeys(tasks, -1)
 
         def show(report: Report) -> None:
             # Single batches of 512 tokens jump by 10 %; an average over about ten reports can be read.
             bits = smooth[report.name] = (
                 0.9 * smooth.get(report.name, report.bits_per_byte) + 0.1 * report.bits_per_byte
             )
-            progress.start_task(tasks[report.name])
-            progress.update(tasks[report.name], completed=report.step, loss=f"{report.loss:6.3f}", bits=f"{bits:5.3f}")
-            if visible and not console.is_terminal and report.step == recipe.steps:
+            fields = {"loss": f"{report.loss:.3f}", "bits": f"{bits:.3f}"}
+            progress.update(tasks[report.name], completed=report.step, **fields)
+            tenth = 10 * report.step // recipe.steps
+            if visible and not console.is_terminal and tenth > said[report.name]:  # a log file: ten lines, not a bar
+                said[report.name] = tenth
                 console.print(
-                    f"{report.name}: {report.step} steps, loss {report.loss:.3f}, "
-                    f"{bits:.3f} bits per byte of training text"
+                    f"{report.name}: step {report.step} of {recipe.steps}, loss {report.loss:.3f}, "
+                    f"{bits:.3f} bits per byte of training text",
+                    soft_wrap=True,
                 )
 
         yield show
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 @contextlib.contextmanager
-def _stopping_on_signal() -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a stop after the running step."""
-    _stop.clear()
-    before = {number: signal.signal(number, lambda *_: _stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+def _on_signal(handler: Any) -> Iterator[None]:
+    """Ctrl-C and SIGTERM go to `handler` inside the block."""
+    before = {number: signal.signal(number, handler) for number in _SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _ask_to_stop(*_: Any) -> None:
+    """After the running step."""
+    _stop.set()
 
 
 def _in_turn(variants: Sequence[Variant], recipe: Recipe, corpus: Corpus, out: Path, show: Any) -> list[ActuaryError]:
     failures: list[ActuaryError] = []
-    with _stopping_on_signal():
+    with _on_signal(_ask_to_stop):
         for variant in variants:
             try:
                 train_variant(variant, recipe, corpus, out, show, _stop.is_set)
@@ -141,8 +149,8 @@ def _start_worker(threads: int, reports: Any) -> None:
     global _reports
     _reports = reports
     torch.set_num_threads(threads)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: _stop.set())
+    for number in _SIGNALS:
+        signal.signal(number, _ask_to_stop)
 
 
 def _work(variant: Variant, recipe: Recipe, corpus: Corpus, out: Path) -> None:
@@ -156,30 +164,49 @@ def _side_by_side(
     reports = context.Queue()
     listener = threading.Thread(target=lambda: [show(report) for report in iter(reports.get, None)], daemon=True)
     listener.start()
-    failures: list[ActuaryError] = []
-    with (
-        _stopping_on_signal(),
-        ProcessPoolExecutor(workers, context, _start_worker, (max(1, cores() // workers), reports)) as pool,
-    ):
-        futures: dict[Future[None], Variant] = {
-            pool.submit(_work, variant, recipe, corpus, out): variant for variant in variants
-        }
-        for future, variant in futures.items():
-            while not future.done():
-                if _stop.wait(0.2):  # the signal reached this process: pass it on, and start nothing new
-                    for other in futures:
-                        other.cancel()
-                    for child in multiprocessing.active_children():
-                        os.kill(child.pid, signal.SIGTERM)
-                    break
-            if future.cancelled():
-                failures.append(Stopped(f"{variant.name} was not started"))
-                continue
-            error = future.exception()
-            if isinstance(error, ActuaryError):
-                failures.append(error)
-            elif error is not None:
-                raise error
-    reports.put(None)
-    listener.join()
-    return failures
+    try:
+        with ProcessPoolExecutor(workers, context, _start_worker, (max(1, cores() // workers), reports)) as pool:
+            # Workers are born deaf to signals, and listen once _start_worker ran: a Ctrl-C while they import torch
+            # would kill them, and the terminal sends it to them as well as to us.
+            with _on_signal(signal.SIG_IGN):
+                futures = {pool.submit(_work, variant, recipe, corpus, out): variant for variant in variants}
+            with _on_signal(_ask_to_stop):
+                while wait(futures, timeout=0.2).not_done:
+                    if _stop.is_set() or any(_is_fatal(future) for future in futures):
+                        _stop_workers(futures)
+        return [failure for future, variant in futures.items() if (failure := _failure(future, variant))]
+    finally:
+        reports.put(None)
+        listener.join()
+
+
+def _is_fatal(future: Future[None]) -> bool:
+    """Whether this ends the others too: anything but a variant that was stopped or diverged."""
+    if not future.done() or future.cancelled():
+        return False
+    return not isinstance(future.exception(), (Stopped, Diverged, NoneType))
+
+
+def _stop_workers(futures: Iterable[Future[None]]) -> None:
+    """Starts nothing new, and asks every worker to save its state; again and again, since some may not listen yet."""
+    for future in futures:
+        future.cancel()
+    for child in multiprocessing.active_children():
+        if child.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGTERM)
+
+
+def _failure(future: Future[None], variant: Variant) -> ActuaryError | None:
+    """What kept the variant from finishing; raises what is not about this variant alone."""
+    if future.cancelled():
+        return Stopped(f"{variant.name} was not started")
+    error = future.exception()
+    if isinstance(error, (Stopped, Diverged, NoneType)):
+        return error
+    if isinstance(error, BrokenProcessPool):
+        raise ActuaryError(
+            "a worker process died (out of memory?); what is finished is kept: run the same command again, "
+            "perhaps with fewer --workers"
+        ) from error
+    raise error

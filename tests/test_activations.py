@@ -125,9 +125,19 @@ def test_a_record_whose_arguments_do_not_fit_its_kind_is_refused(expression, kin
         Activation("mine", expression, kind, "me")
 
 
-def test_a_name_that_cannot_be_an_operator_is_refused():
-    with pytest.raises(BadInput, match="must be an identifier"):
-        Activation("my act", lambda x: x, "pointwise", "me")
+@pytest.mark.parametrize("name", ["my act", "é", "", "1st"])
+def test_a_name_that_cannot_be_an_operator_is_refused(name: str):
+    with pytest.raises(BadInput, match="must be an ASCII identifier"):
+        Activation(name, lambda x: x, "pointwise", "me")
+
+
+def test_the_digest_follows_the_formula():
+    def digest(expression, kind="pointwise"):
+        return Activation("mine", expression, kind, "me").digest
+
+    assert digest(lambda x: torch.tanh(x)) == digest(lambda x: 2 * torch.sigmoid(2 * x) - 1)  # the same function
+    assert digest(lambda x: torch.tanh(x)) != digest(lambda x: torch.tanh(1.001 * x))
+    assert digest(lambda x, a=1.0: a * x, "learned") != digest(lambda x, a=2.0: a * x, "learned")
 
 
 def test_a_broken_entry_point_is_named(monkeypatch):

@@ -46,6 +46,12 @@ def test_few_documents_are_split_within(tmp_path):
     assert len(corpus.held_out[0]) == len(text) // 20
 
 
+def test_two_folders_of_one_name_are_both_read(tmp_path):
+    a, b = (written(tmp_path / side / "src", {"x.txt": f"{side} side\n" * 200}) for side in ("left", "right"))
+    text = "".join((corpus := Corpus.read([a, b, a])).train) + "".join(corpus.held_out)
+    assert (text.count("left side"), text.count("right side")) == (200, 200)
+
+
 def test_files_that_are_not_text_are_left_out_of_folders_and_refused_by_name(tmp_path, caplog):
     folder = written(tmp_path, {"a.txt": "hello " * 100, "b.bin": b"\xff\xfe\x00", ".git/x": "hidden", "empty.txt": ""})
     corpus = Corpus.read([folder])

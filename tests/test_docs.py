@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
@@ -11,8 +12,11 @@ from pathlib import Path
 import click
 import httpx2 as httpx
 import pytest
+import torch
 
 import actuary
+from export.ops.trace import trace
+from models.activations import Activation
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,6 +37,7 @@ def test_every_command_of_the_readme_is_one(line: str):
     with click.Context(actuary.cli) as ctx:
         command = actuary.cli.get_command(ctx, verb)
         assert command is not None, f"no verb {verb}"
+        command = copy.deepcopy(command)
         for parameter in command.params:
             if isinstance(parameter.type, click.Path):
                 parameter.type.exists = False
@@ -48,6 +53,19 @@ def test_the_curl_line_answers(server_url):
     answer = httpx.post(f"{server_url}/v1/next-token", json=body)
     assert answer.status_code == 200, answer.text
     assert [result["model"] for result in answer.json()["results"]] == body["model"]
+
+
+def test_the_record_of_the_readme_is_one_row_of_the_table():
+    row = re.search(r"^    (Activation\(.*\)),$", README, re.MULTILINE)[1]
+    record = eval(row, {"Activation": Activation, "torch": torch})
+    assert trace(record).elementwise
+
+
+def test_torch_is_pinned_to_one_version():
+    places = ("Makefile", "pyproject.toml", "deploy/Dockerfile.train")
+    pins = {name: set(re.findall(r"torch==([0-9.]+)", (ROOT / name).read_text())) for name in places}
+    assert len(set.union(*pins.values())) == 1, pins
+    assert all(pins.values()), pins
 
 
 def test_every_file_that_the_readme_names_is_there():

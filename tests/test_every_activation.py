@@ -7,6 +7,7 @@ import math
 import httpx2 as httpx
 import onnx
 import pytest
+import torch
 from conftest import TINY, serving
 
 from export import bundle
@@ -44,12 +45,17 @@ def all_bundles(tmp_path_factory, checkpoints):
 
 
 @pytest.fixture(scope="module")
-def answers(all_bundles):
-    """One request for all variants: {name: result}."""
+def served(all_bundles):
+    """A service of all of them."""
     with serving(all_bundles) as (url, _):
-        response = httpx.post(
-            f"{url}/v1/next-token", json={"model": "*", "prompt": PROMPT, "top_k": TINY["vocab_size"]}, timeout=60
-        )
+        yield url
+
+
+@pytest.fixture(scope="module")
+def answers(served):
+    """One request for all variants: {name: result}."""
+    body = {"model": "*", "prompt": PROMPT, "top_k": TINY["vocab_size"]}
+    response = httpx.post(f"{served}/v1/next-token", json=body, timeout=60)
     assert response.status_code == 200, response.text
     return {result["model"]: result for result in response.json()["results"]}
 
@@ -69,23 +75,25 @@ def test_exports_as_a_node_of_our_domain_and_passes_the_gate(name: str, all_bund
 
 
 @pytest.mark.parametrize("name", registry())
-def test_answers_over_http_what_torch_computes(name: str, answers, checkpoints, corpus):
-    import torch
-
+def test_answers_over_http_what_torch_computes(name: str, answers, checkpoints, all_bundles, corpus):
     result = answers[name]
     model = read_checkpoint(checkpoints / name).model
     ids = torch.tensor([corpus.tokenizer(TINY["vocab_size"]).encode(PROMPT).ids])
     with torch.inference_mode():
         logits = model(ids).logits[0, -1]
+    # torch in float32 and ONNX Runtime each stay within the gate's bound of the exact logits; an error of d in every
+    # logit is one of at most 2 d, relative, in a softmax.
+    d = 2 * bundle.read_manifest(all_bundles / name).parity.bound * float(logits.abs().max())
     softmax, sigmoid = log_probabilities(logits, "softmax").exp(), torch.sigmoid(logits)
     assert result["prompt_tokens"] == ids.shape[1]
     assert len(result["top"]) == TINY["vocab_size"]
     for entry in result["top"]:
-        assert entry["softmax"] == pytest.approx(float(softmax[entry["id"]]), rel=1e-4)
-        assert entry["sigmoid"] == pytest.approx(float(sigmoid[entry["id"]]), rel=1e-4)
+        assert entry["softmax"] == pytest.approx(float(softmax[entry["id"]]), rel=4 * d)
+        assert entry["sigmoid"] == pytest.approx(float(sigmoid[entry["id"]]), rel=4 * d)
     assert result["softmax"]["mass"] == pytest.approx(1, abs=1e-5)
-    assert result["sigmoid"]["mass"] == pytest.approx(float(sigmoid.sum()), rel=1e-4)
+    assert result["sigmoid"]["mass"] == pytest.approx(float(sigmoid.sum()), rel=4 * d)
 
 
-def test_the_service_lists_all_of_them(all_bundles):
-    assert {info.name for info in bundle.read_catalogue(all_bundles)} == set(registry())
+def test_the_service_lists_all_of_them(served):
+    listed = httpx.get(f"{served}/v1/activations").json()["data"]
+    assert {entry["name"]: entry["served_by"] for entry in listed} == {name: [name] for name in registry()}

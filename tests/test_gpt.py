@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3For
 
 from actuary import BadInput
 from models.activations import registry
-from models.gpt import ActuaryConfig, ActuaryGPT, head_loss, hidden_width, log_probabilities
+from models.gpt import ActuaryConfig, ActuaryGPT, default_heads, head_loss, hidden_width, log_probabilities
 
 B, T, V = 3, 17, 300
 
@@ -81,6 +81,10 @@ def test_gated_and_pointwise_hold_as_many_parameters(name: str):
     assert parameters(name) == pytest.approx(parameters("gelu"), rel=0.01)
 
 
+def test_heads_where_nobody_chose():
+    assert [default_heads(dim) for dim in (768, 384, 128, 32, 200, 100, 6)] == [12, 6, 2, 1, 4, 2, 1]
+
+
 def test_hidden_widths():
     assert hidden_width(128, gated=False) == 512
     assert hidden_width(128, gated=True) == 344  # 8/3 * 128 = 341.3, in whole vectors of 8
@@ -134,9 +138,8 @@ def test_generates_like_any_transformers_model():
 
 def test_loss_of_each_head_is_torch_s_own():
     logits, targets = torch.randn(B, T, V, generator=torch.Generator().manual_seed(3)), ids(B, T)
-    torch.testing.assert_close(
-        head_loss(logits, targets, "softmax"), F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    )
+    chosen = F.log_softmax(logits, dim=-1).gather(-1, targets[..., None])
+    torch.testing.assert_close(head_loss(logits, targets, "softmax"), -chosen.mean())
     one_hot = F.one_hot(targets, V).float()
     each = F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none").sum(-1)
     torch.testing.assert_close(head_loss(logits, targets, "sigmoid"), each.mean())
@@ -208,7 +211,8 @@ def test_a_fresh_model_says_the_unigram(head: str):
     [
         ({"dim": 30, "heads": 4}, "dim 30 must be a multiple of 2 \\* heads"),
         ({"dim": 6, "heads": 2}, "must be a multiple of 2 \\* heads"),
-        ({"layers": 0}, "layers must be at least 1, not 0"),
+        ({"layers": 0}, "layers must be a whole number of at least 1, not 0"),
+        ({"hidden": -8}, "hidden must be a whole number of at least 1, not -8"),
         ({"head": "tanh"}, "head must be softmax or sigmoid, not 'tanh'"),
         ({"activation": "geul"}, "did you mean 'gelu'"),
     ],

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2 as httpx
+import psutil
 import pytest
 from conftest import ACTUARY, free_port, serving
 
@@ -23,8 +24,8 @@ DEFAULT_SET = {"gelu", "silu", "swiglu", "relu", "sigmoid", "gelu-sigmoid-head"}
 
 
 @contextlib.contextmanager
-def make_up(artifacts: Path, steps: int, limit_s: float) -> Iterator[tuple[str, list[str]]]:
-    """`make up` until it serves: its URL and the lines that it said. The environment is there already (-o)."""
+def make_up(artifacts: Path, steps: int, limit_s: float) -> Iterator[tuple[str, list[str], float]]:
+    """`make up` until it serves: its URL, the lines that it said, the service's megabytes. The environment is there already (-o)."""
     port = free_port()
     command = [
         "make",
@@ -56,21 +57,27 @@ def make_up(artifacts: Path, steps: int, limit_s: float) -> Iterator[tuple[str, 
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
-        yield url, log.read_text().splitlines()
+        yield url, log.read_text().splitlines(), _resident_mb(process.pid)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)  # Ctrl-C, as the terminal sends it
         process.wait(30)
 
 
+def _resident_mb(pid: int) -> float:
+    (service,) = [child for child in psutil.Process(pid).children(recursive=True) if "serve" in child.cmdline()]
+    return service.memory_info().rss / 1e6
+
+
 def test_make_up_trains_exports_serves_and_a_second_one_only_serves(tmp_path):
     artifacts = tmp_path / "artifacts"
-    with make_up(artifacts, steps=10, limit_s=300) as (url, said):
+    with make_up(artifacts, steps=10, limit_s=300) as (url, said, resident_mb):
         assert {model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]} == DEFAULT_SET
         assert any(f"{url}/ (the page)" in line for line in said)
         (curl,) = [line for line in said if line.strip().startswith("curl ")]
         answer = subprocess.run(shlex.split(curl), capture_output=True, text=True, timeout=30)
         assert {result["model"] for result in json.loads(answer.stdout)["results"]} == DEFAULT_SET
+        assert resident_mb < 400
     before = {path: path.stat().st_mtime_ns for path in artifacts.rglob("*") if path.is_file()}
     start = time.monotonic()
     with make_up(artifacts, steps=10, limit_s=60):

@@ -141,11 +141,45 @@ def test_every_word_of_the_vocabulary_has_a_meaning():
         (lambda x: x if x.sum() > 0 else -x, "control flow"),
         (lambda x: torch.cumsum(x, -1), r"cumsum\(\)"),
         (lambda x: torch.nn.functional.softplus(x, beta=2.0), r"softplus\(\) with beta"),
+        (lambda x: torch.nn.functional.softplus(x, 2.0), r"softplus\(\) with 2.0"),
+        (lambda x: x - torch.max(x), r"max\(\) of one tensor"),
+        (lambda x: torch.max(x, -1), r"max\(\) over a dimension"),
+        (lambda x: x * float(x), "something that cannot be traced"),
     ],
 )
 def test_what_cannot_be_expressed_is_named(expression, named: str):
     with pytest.raises(BadInput, match=rf"activation 'mine' uses {named}.*allowed: .*sigmoid.*rewrite"):
         trace(pointwise(expression))
+
+
+def test_names_of_learned_scalars_clash_with_nothing():
+    """`up`, `down` and `x.1`-like names stand beside weights, packed halves and inner tensors of the same name."""
+    record = Activation(
+        "mine", lambda x, up=1.0, t0=0.5, a=2.0, y=0.1: (a * x + y) * torch.sigmoid(up * x + t0), "learned", "a test"
+    )
+    assert check_activation(record, onnx_function("mine", trace(record)), np.random.default_rng(1)) <= 1
+    doubled = Activation("mine", lambda x, a=1.5: torch.tanh(a * x) * torch.tanh(a * x), "learned", "a test")
+    assert formula(trace(doubled)) == "tanh(a * x) * tanh(a * x)"
+    shared = Activation("mine", lambda x, a=1.5: (lambda t: t * t + t)(torch.tanh(a * x)), "learned", "a test")
+    assert formula(trace(shared)) == "b = tanh(a * x); b * b + b"  # a is taken
+
+
+def test_a_power_of_a_power_keeps_its_brackets():
+    assert formula(trace(pointwise(lambda x: (x**2) ** 3))) == "(x ^ 2) ^ 3"
+
+
+@pytest.mark.parametrize(
+    ("expression", "kind"), [(lambda x: torch.softmax(x, -1), "pointwise"), (lambda x: x, "hidden_axis")]
+)
+def test_a_kind_that_does_not_fit_the_expression_is_refused(expression, kind):
+    with pytest.raises(BadInput, match="mend its kind"):
+        trace(Activation("mine", expression, kind, "a test"))
+
+
+def test_a_curve_has_gaps_where_there_is_no_number():
+    curve = describe(pointwise(lambda x: torch.log(x))).curve
+    assert curve.y[curve.x.index(-1.0)] is None
+    assert curve.y[curve.x.index(1.0)] == 0.0
 
 
 def test_curves_carry_value_and_slope():

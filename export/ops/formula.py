@@ -5,6 +5,9 @@ For the manifest, the README's table, the service's list and the page.
 
 from __future__ import annotations
 
+import itertools
+import string
+
 from export.ops.trace import Expression, Ref, Step
 
 # operation: (sign, how tightly it binds)
@@ -31,6 +34,9 @@ def formula(expression: Expression) -> str:
     steps = {step.name: step for step in expression.steps}
     uses = [argument for step in expression.steps for argument in step.arguments]
     named: dict[str, str] = {}
+    taken = {*expression.tensors, *expression.learned, "e"}
+    letters = (letter + "'" * round for round in itertools.count() for letter in string.ascii_lowercase)
+    free = (letter for letter in letters if letter not in taken)
     lines: list[str] = []
 
     def show(ref: Ref, outside: int) -> str:
@@ -45,8 +51,9 @@ def formula(expression: Expression) -> str:
         if step.operation in _INFIX:
             sign, binds = _INFIX[step.operation]
             left, right = step.arguments
-            tighter = binds + (step.operation in ("sub", "div", "pow"))  # a - (b - c) keeps its brackets
-            return f"{show(left, binds)} {sign} {show(right, tighter)}", binds
+            # a - (b - c) keeps its brackets, and so does (a ^ b) ^ c, since powers bind from the right.
+            tight_left, tight_right = step.operation == "pow", step.operation in ("sub", "div")
+            return f"{show(left, binds + tight_left)} {sign} {show(right, binds + tight_right)}", binds
         if step.operation == "neg":
             return f"-{show(step.arguments[0], _NEGATION)}", _NEGATION
         if step.operation == "relu":
@@ -56,7 +63,7 @@ def formula(expression: Expression) -> str:
 
     for step in expression.steps:
         if uses.count(step.name) > 1:
-            letter = "abcdefgh"[len(named) % 8]
+            letter = next(free)
             lines.append(f"{letter} = {show_step(step)[0]}")
             named[step.name] = letter
     return "; ".join([*lines, show(expression.result, 0)])

@@ -36,7 +36,7 @@ class _Body:
         self.constants: dict[float, str] = {}
 
     def node(self, operator: str, *inputs: str, output: str = "", **attributes: object) -> str:
-        output = output or f"t{len(self.nodes)}"
+        output = output or f"t.{len(self.nodes)}"  # no argument of a Python function can be called so
         self.nodes.append(helper.make_node(operator, list(inputs), [output], **attributes))
         return output
 
@@ -83,21 +83,26 @@ _COMPOSED: dict[str, Callable[[_Body, str], str]] = {
 def onnx_function(name: str, expression: Expression) -> onnx.FunctionProto:
     """The function `ai.actuary::name`: inputs `x` (packed [..., 2H] when gated, else [..., H]) and the learned
     scalars, each [1]; output `y` [..., H]."""
+    names = {name: f"learned.{name}" for name in expression.learned} | {name: name for name in expression.tensors}
     body = _Body(like="x")
     if len(expression.tensors) == 2:
         body.nodes.append(helper.make_node("Split", ["x"], list(expression.tensors), axis=-1, num_outputs=2))
-    results: dict[str, str] = {}
 
     def operand(ref: Ref) -> str:
-        return results.get(ref, ref) if isinstance(ref, str) else body.constant(ref)
+        return names[ref] if isinstance(ref, str) else body.constant(ref)
 
     for step in expression.steps:
         inputs = [operand(argument) for argument in step.arguments]
         if step.operation in _COMPOSED:
-            results[step.name] = _COMPOSED[step.operation](body, *inputs)
+            names[step.name] = _COMPOSED[step.operation](body, *inputs)
         else:
-            results[step.name] = body.node(_OPERATORS[step.operation], *inputs)
+            names[step.name] = body.node(_OPERATORS[step.operation], *inputs)
     body.node("Identity", operand(expression.result), output="y")
     return helper.make_function(
-        DOMAIN, name, ["x", *expression.learned], ["y"], body.nodes, [helper.make_opsetid("", OPSET)]
+        DOMAIN,
+        name,
+        ["x", *(names[key] for key in expression.learned)],
+        ["y"],
+        body.nodes,
+        [helper.make_opsetid("", OPSET)],
     )

@@ -59,6 +59,8 @@ _SAME_ARGUMENTS: dict[Any, str] = {
 _OVER_HIDDEN: dict[Any, str] = {torch.softmax: "softmax", F.softmax: "softmax", torch.mean: "mean", torch.sum: "sum"}
 _CONSTANT = {torch.ones_like: 1.0, torch.zeros_like: 0.0}
 _CLAMP = (torch.clamp, torch.clip)
+_BINARY = ("add", "sub", "mul", "div", "pow", "maximum", "minimum", "ge", "gt", "le", "lt")
+_ARITY = {name: 3 if name == "where" else 2 if name in _BINARY else 1 for name in _SAME_ARGUMENTS.values()}
 
 HIDDEN_AXIS = frozenset(_OVER_HIDDEN.values())
 VOCABULARY = frozenset(_SAME_ARGUMENTS.values()) | HIDDEN_AXIS
@@ -142,22 +144,31 @@ class _Reader:
                 result = self.emit("minimum", result, self.ref(high))
             return result
         if target in _OVER_HIDDEN:
-            axis = kwargs.pop("dim", node.args[1] if len(node.args) > 1 else None)
-            keeps = kwargs.pop("keepdim", _OVER_HIDDEN[target] == "softmax")
+            _, axis, keeps = (*node.args, None, None)[:3]
+            axis = kwargs.pop("dim", axis)
+            keeps = kwargs.pop("keepdim", keeps) or _OVER_HIDDEN[target] == "softmax"
             if axis not in (-1, (-1,)) or not keeps or kwargs:
                 raise self.fail(f"{_OVER_HIDDEN[target]} over dim={axis}, keepdim={keeps} (only dim=-1, keepdim=True)")
             return self.emit(_OVER_HIDDEN[target], self.ref(node.args[0]))
+        if target in (torch.max, torch.min) and len(node.args) == 1:
+            raise self.fail(f"{target.__name__}() of one tensor, which looks at all of it")
         if target not in _SAME_ARGUMENTS:
             raise self.fail(f"{getattr(target, '__name__', target)}()")
-        if kwargs:
-            raise self.fail(f"{getattr(target, '__name__', target)}() with {', '.join(kwargs)}")
-        return self.emit(_SAME_ARGUMENTS[target], *(self.ref(value) for value in node.args))
+        name = _SAME_ARGUMENTS[target]
+        given = [*kwargs, *map(repr, node.args[_ARITY[name] :])]
+        if given or len(node.args) < _ARITY[name]:
+            raise self.fail(f"{getattr(target, '__name__', target)}() with {', '.join(given) or 'too few arguments'}")
+        if target in (torch.max, torch.min) and not isinstance(node.args[1], torch.fx.Node):
+            raise self.fail(f"{target.__name__}() over a dimension; torch.clamp compares with a number")
+        return self.emit(name, *(self.ref(value) for value in node.args))
 
     def read(self) -> Expression:
         try:
             graph = torch.fx.symbolic_trace(self.record.expression).graph
         except torch.fx.proxy.TraceError as error:
             raise self.fail("control flow that depends on values (torch.where is allowed)") from error
+        except Exception as error:  # the expression is anybody's code
+            raise self.fail(f"something that cannot be traced ({error})") from error
         for node in graph.nodes:
             if node.op == "placeholder":
                 self.refs[node] = str(node.target)
@@ -172,7 +183,13 @@ class _Reader:
                 raise self.fail(f"{node.op} {node.target}")
         learned = tuple(self.record.learned)
         tensors = ("gate", "up") if self.record.gated else ("x",)
-        return Expression(tensors, learned, tuple(self.steps), result)
+        expression = Expression(tensors, learned, tuple(self.steps), result)
+        if expression.elementwise == (self.record.kind == "hidden_axis"):
+            says = "looks at each element alone" if expression.elementwise else "looks at the whole hidden axis"
+            raise BadInput(
+                f"activation {self.record.name!r} is registered as {self.record.kind!r}, but {says}; mend its kind"
+            )
+        return expression
 
 
 @functools.cache
