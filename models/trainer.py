@@ -151,6 +151,7 @@ def _start_worker(threads: int, reports: Any) -> None:
     torch.set_num_threads(threads)
     for number in _SIGNALS:
         signal.signal(number, _ask_to_stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _work(variant: Variant, recipe: Recipe, corpus: Corpus, out: Path) -> None:
@@ -166,11 +167,14 @@ def _side_by_side(
     listener.start()
     try:
         with ProcessPoolExecutor(workers, context, _start_worker, (max(1, cores() // workers), reports)) as pool:
-            # Workers are born deaf to signals, and listen once _start_worker ran: a Ctrl-C while they import torch
-            # would kill them, and the terminal sends it to them as well as to us.
-            with _on_signal(signal.SIG_IGN):
-                futures = {pool.submit(_work, variant, recipe, corpus, out): variant for variant in variants}
             with _on_signal(_ask_to_stop):
+                # A worker inherits this mask until _start_worker lifts it: a Ctrl-C while it imports torch, which the
+                # terminal sends to it as well as to us, waits instead of killing it.
+                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+                try:
+                    futures = {pool.submit(_work, variant, recipe, corpus, out): variant for variant in variants}
+                finally:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
                 while wait(futures, timeout=0.2).not_done:
                     if _stop.is_set() or any(_is_fatal(future) for future in futures):
                         _stop_workers(futures)
