@@ -166,18 +166,20 @@ def _side_by_side(
     listener = threading.Thread(target=lambda: [show(report) for report in iter(reports.get, None)], daemon=True)
     listener.start()
     try:
-        with ProcessPoolExecutor(workers, context, _start_worker, (max(1, cores() // workers), reports)) as pool:
-            with _on_signal(_ask_to_stop):
-                # A worker inherits this mask until _start_worker lifts it: a Ctrl-C while it imports torch, which the
-                # terminal sends to it as well as to us, waits instead of killing it.
-                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-                try:
-                    futures = {pool.submit(_work, variant, recipe, corpus, out): variant for variant in variants}
-                finally:
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-                while wait(futures, timeout=0.2).not_done:
-                    if _stop.is_set() or any(_is_fatal(future) for future in futures):
-                        _stop_workers(futures)
+        with (
+            _on_signal(_ask_to_stop),
+            ProcessPoolExecutor(workers, context, _start_worker, (max(1, cores() // workers), reports)) as pool,
+        ):
+            # A worker inherits this mask until _start_worker lifts it: a Ctrl-C while it imports torch, which the
+            # terminal sends to it as well as to us, waits instead of killing it.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            try:
+                futures = {pool.submit(_work, variant, recipe, corpus, out): variant for variant in variants}
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            while wait(futures, timeout=0.2).not_done:
+                if _stop.is_set() or any(_is_fatal(future) for future in futures):
+                    _stop_workers(futures)
         return [failure for future, variant in futures.items() if (failure := _failure(future, variant))]
     finally:
         reports.put(None)

@@ -25,7 +25,7 @@ DEFAULT_SET = {"gelu", "silu", "swiglu", "relu", "sigmoid", "gelu-sigmoid-head"}
 
 @contextlib.contextmanager
 def make_up(artifacts: Path, steps: int, limit_s: float) -> Iterator[tuple[str, list[str], float]]:
-    """`make up` until it serves: its URL, what it said, the service's megabytes. The environment is there already (-o)."""
+    """`make up` until it serves: its URL, what it said, the service's megabytes. -o: the environment is there."""
     port = free_port()
     command = [
         "make",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -161,16 +162,34 @@ def test_held_out_figures_by_hand(tokens: int):
     assert mass == pytest.approx(float(torch.sigmoid(prior.log()).sum()), rel=1e-5)
 
 
-def run_train(out: Path, cache: Path, *arguments: str, launcher: list[str] | None = None, **kwargs) -> subprocess.Popen:
+_started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_outlives_its_test():
+    yield
+    while _started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(_started.pop().pid, signal.SIGKILL)
+
+
+def run_train(
+    out: Path, cwd: Path, *arguments: str, launcher: list[str] | None = None, env: dict[str, str] | None = None
+) -> subprocess.Popen:
+    """`actuary train` on the json package's sources, in a process group of its own."""
     corpus = str(Path(json.__file__).parent)
     command = [*(launcher or ACTUARY), "train", "--corpus", corpus, *SHAPE, "--out", str(out), *arguments]
-    return subprocess.Popen(command, cwd=cache, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    _started.append(process)
+    return process
 
 
 def test_ctrl_c_keeps_finished_variants_and_the_command_goes_on(tmp_path):
     """Two workers, SIGINT once the first variants are finished; the second run finishes the rest."""
     arguments = ("--activations", "relu,gelu,silu", "--steps", "150", "--workers", "2", "--json")
-    process = run_train(tmp_path / "out", tmp_path, *arguments, start_new_session=True)
+    process = run_train(tmp_path / "out", tmp_path, *arguments)
     deadline = time.monotonic() + 90
     while (
         not list((tmp_path / "out").glob("*/quality.json")) and process.poll() is None and time.monotonic() < deadline
@@ -193,7 +212,7 @@ def test_ctrl_c_keeps_finished_variants_and_the_command_goes_on(tmp_path):
 
 def test_ctrl_c_while_the_workers_start_is_no_crash(tmp_path):
     arguments = ("--activations", "relu,gelu", "--steps", "100000", "--workers", "2")
-    process = run_train(tmp_path / "out", tmp_path, *arguments, start_new_session=True)
+    process = run_train(tmp_path / "out", tmp_path, *arguments)
     parent, deadline = psutil.Process(process.pid), time.monotonic() + 60
     while (
         len([c for c in parent.children() if "spawn_main" in " ".join(c.cmdline())]) < 2 and time.monotonic() < deadline
