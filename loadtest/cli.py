@@ -120,7 +120,14 @@ def load(
     window_s = min(plan.duration_s, client["stopped_after_s"] - plan.warmup_s)
     measured = in_window(samples, plan, window_s)
     if not measured:
-        raise ActuaryError(f"stopped within the warm-up of {warmup:g} s, so nothing was measured; samples: {folder}")
+        if interrupted:
+            raise ActuaryError(
+                f"stopped within the warm-up of {warmup:g} s, so nothing was measured; samples: {folder}"
+            )
+        raise ActuaryError(
+            f"all {len(samples)} requests that were answered were planned in the warm-up of {warmup:g} s: the server or "
+            f"this client is far behind the plan; lower --rate; samples: {folder}"
+        )
     result = _result(plan, prompts, measured, window_s, client, started, interrupted)
     result["served"] = {name: served[name] for name in plan.models}
     if html:

@@ -66,9 +66,10 @@ class Runtime:
         if self._asked == "cuda":
             raise ProviderMissing(
                 f"--provider cuda: CUDA does not run here ({reason}); install its libraries with "
-                "pip install 'actuary[cuda]' and check the driver with nvidia-smi, or use --provider cpu"
+                "pip install -e '.[cuda]' in Actuary's folder "
+                "and check the driver with nvidia-smi, or use --provider cpu"
             )
-        self._cuda, self.no_cuda = False, reason
+        self._cuda, self.no_cuda = False, reason.partition(": ")[0]  # what follows names the same file again
 
     def _session(self, model: Path, providers: list[str]) -> Any:
         options = onnxruntime.SessionOptions()

@@ -6,16 +6,12 @@ fields (service/cli.py); nothing here reads the environment.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-
-def cores() -> int:
-    """How many cores this process may use, which under a container or taskset is less than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from actuary import cores
 
 
 class Settings(BaseModel):
