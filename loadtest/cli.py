@@ -121,9 +121,7 @@ def load(
     measured = in_window(samples, plan, window_s)
     if not measured:
         if interrupted:
-            raise ActuaryError(
-                f"stopped within the warm-up of {warmup:g} s, so nothing was measured; samples: {folder}"
-            )
+            raise ActuaryError(f"stopped within the warm-up of {warmup:g} s, nothing measured; samples: {folder}")
         raise ActuaryError(
             f"all {len(samples)} requests that were answered were planned in the warm-up of {warmup:g} s: the server or "
             f"this client is far behind the plan; lower --rate; samples: {folder}"
