@@ -123,8 +123,8 @@ def load(
         if interrupted:
             raise ActuaryError(f"stopped within the warm-up of {warmup:g} s, nothing measured; samples: {folder}")
         raise ActuaryError(
-            f"all {len(samples)} requests that were answered were planned in the warm-up of {warmup:g} s: the server or "
-            f"this client is far behind the plan; lower --rate; samples: {folder}"
+            f"all {len(samples)} requests that were answered were planned in the warm-up of {warmup:g} s: the server "
+            f"or this client is far behind the plan; lower --rate; samples: {folder}"
         )
     result = _result(plan, prompts, measured, window_s, client, started, interrupted)
     result["served"] = {name: served[name] for name in plan.models}
