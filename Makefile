@@ -1,10 +1,10 @@
 # Two commands do all the set-up: `make up` (train, export, serve) and `make test`.
-# PORT=8000 moves the service, STEPS=1200 shortens or lengthens training, PYTHON= names the interpreter,
+# PORT=8000 moves the service, STEPS=1000 shortens or lengthens training, PYTHON= names the interpreter,
 # TORCH_INDEX= names another package index for torch (PyTorch's CPU index saves gigabytes on x86-64 Linux).
 
 PYTHON ?= python3
 PORT ?= 8000
-STEPS ?= 1200
+STEPS ?= 1000
 VENV ?= .venv
 ARTIFACTS ?= artifacts
 TORCH_INDEX ?=

@@ -53,7 +53,7 @@ def _variants(names: str, head: str, seeds: int) -> list[Variant]:
     show_default=True,
     help="Cross-entropy, or per-token binary cross-entropy with a prior bias.",
 )
-@click.option("--steps", type=click.IntRange(1), default=None, help="Optimizer steps.  [default: 1200]")
+@click.option("--steps", type=click.IntRange(1), default=None, help="Optimizer steps.  [default: 1000]")
 @click.option(
     "--seeds",
     type=click.IntRange(1, 1000),

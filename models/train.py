@@ -67,7 +67,7 @@ class Variant:
 class Recipe:
     """How every variant of a set is trained. The rates were chosen at the default shape (docs/log.md)."""
 
-    steps: int = 1200
+    steps: int = 1000
     batch: int = 4
     layers: int = 2
     dim: int = 128
