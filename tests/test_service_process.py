@@ -53,7 +53,10 @@ def test_it_answers_in_little_memory(server_url: str, bundles: Path) -> None:
 
 @pytest.mark.parametrize("field", ["prompt", "tokens"])
 def test_it_answers_others_during_a_long_text(bundles: Path, field: str) -> None:
-    """Tokenizing it on the event loop, or with the GIL held, takes a second."""
+    """Tokenizing it on the event loop, or with the GIL held, would stop them for as long as it takes."""
+    began = time.monotonic()
+    Vocabulary(bundles / "gelu" / "tokenizer.json").encode(MEGABYTE["prompt"])
+    encode_s = time.monotonic() - began
     body = MEGABYTE if field == "prompt" else {"tokens": [MEGABYTE["prompt"]]}
     with serving(bundles) as (url, _), ThreadPoolExecutor(1) as pool, httpx.Client(base_url=url) as http:
         assert ask(url).status_code == 200
@@ -64,20 +67,21 @@ def test_it_answers_others_during_a_long_text(bundles: Path, field: str) -> None
             assert http.get("/health/live").status_code == 200
             worst_s = max(worst_s, time.monotonic() - began)
         assert long.result().status_code == 422
-        assert worst_s < 0.3
+        assert worst_s < encode_s / 2
 
 
 def test_tokenizing_lets_other_threads_run(bundles: Path) -> None:
     vocabulary = Vocabulary(bundles / "gelu" / "tokenizer.json")
     with ThreadPoolExecutor(1) as pool:
-        before, worst_s = time.monotonic(), 0.0
+        began = before = time.monotonic()
+        worst_s = 0.0
         encoding = pool.submit(vocabulary.encode, MEGABYTE["prompt"])
         while not encoding.done():
             time.sleep(0.001)
             worst_s = max(worst_s, (now := time.monotonic()) - before)
             before = now
     assert len(encoding.result()) > 500_000
-    assert worst_s < 0.3, "with the GIL held it is the whole of a second"
+    assert worst_s < (before - began) / 2, "with the GIL held it is the whole time"
 
 
 def test_it_never_imports_torch_transformers_or_onnx(bundles: Path) -> None:
