@@ -17,7 +17,6 @@ misses it (tests/test_ops.py, tests/test_export.py).
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +37,6 @@ from models import activations
 from models.activations import Activation
 from models.gpt import ActuaryConfig, ActuaryGPT
 
-log = logging.getLogger(__name__)
 SAFETY = 2
 PROBES = 12
 Run = Callable[..., list[NDArray[Any]]]

@@ -225,22 +225,21 @@ def test_ctrl_c_while_the_workers_start_is_no_crash(tmp_path):
     assert "the same command goes on from there" in stderr or "was not started" in stderr
 
 
+ON_THE_CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def two_ranks() -> list[str]:
+    """The program in two processes; `accelerate launch --cpu` would start one."""
+    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    return [sys.executable, "-m", *torchrun, "-m", "actuary"]
+
+
 def test_two_processes_train_the_same_model(tmp_path):
     """Two ranks share each batch; one document on standard output, and the weights of one process to rounding."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
     arguments = ("--activations", "gelu", "--steps", "12", "--batch", "4", "--json")
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     summaries = []
-    for out, launcher in (("one", None), ("two", [*torchrun, "-m", "actuary"])):
-        process = run_train(tmp_path / out, tmp_path, *arguments, launcher=launcher, env=environment)
+    for out, launcher in (("one", None), ("two", two_ranks())):
+        process = run_train(tmp_path / out, tmp_path, *arguments, launcher=launcher, env=ON_THE_CPU)
         stdout, stderr = process.communicate(timeout=180)
         assert process.returncode == 0, stderr
         summaries.append(json.loads(stdout)["variants"][0])
@@ -253,18 +252,8 @@ def test_two_processes_train_the_same_model(tmp_path):
 
 def test_processes_stop_together(tmp_path):
     """SIGTERM to one rank alone: both leave at the same step, and the state is there to go on from."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     arguments = ("--activations", "gelu", "--steps", "100000", "--batch", "4")
-    process = run_train(tmp_path / "out", tmp_path, *arguments, launcher=[*torchrun, "-m", "actuary"], env=environment)
+    process = run_train(tmp_path / "out", tmp_path, *arguments, launcher=two_ranks(), env=ON_THE_CPU)
     deadline = time.monotonic() + 90
     state = tmp_path / "out" / ".unfinished" / "gelu.safetensors"
     while not state.exists() and process.poll() is None and time.monotonic() < deadline:
