@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
 import torch
@@ -31,6 +30,7 @@ from export.graph import build
 from export.parity import check
 from models import activations
 from models.corpus import Corpus, padded_tokenizer
+from models.decoder import from_actuary
 from models.files import new_folder
 from models.gpt import ActuaryConfig, ActuaryGPT
 from models.train import finished
@@ -150,36 +150,34 @@ def export_bundle(
     """
     seed = secrets.randbelow(2**32) if seed is None else seed
     name = bundle.checked_name(checkpoint.name if name is None else name)
-    config: ActuaryConfig = checkpoint.model.config
-    activation = activations.get(config.activation)
-    weights = {key: tensor.detach().numpy() for key, tensor in checkpoint.model.state_dict().items()}
-    not_finite = [key for key, array in weights.items() if not np.isfinite(array).all()]
+    not_finite = [key for key, tensor in checkpoint.model.state_dict().items() if not tensor.isfinite().all()]
     if not_finite:
         raise BadInput(
             f"checkpoint {checkpoint.name!r}: {not_finite[0]} holds NaN or infinity: its training diverged; "
             "train it again"
         )
-    info = describe(activation)
+    decoder = from_actuary(checkpoint.model, checkpoint.name)
+    info = describe(decoder.activation)
     with new_folder(out / name) as folder:
-        _save_model(build(config, activation, weights), folder / bundle.MODEL)
+        _save_model(build(decoder), folder / bundle.MODEL)
         (folder / bundle.TOKENIZER).write_bytes(checkpoint.tokenizer_json)
-        parity = check(config, checkpoint.model, str(folder / bundle.MODEL), seed)
+        parity = check(decoder, checkpoint.model, str(folder / bundle.MODEL), seed)
         manifest = _manifest(
             name=name,
-            activation=activation.name,
+            activation=decoder.activation.name,
             formula=info.formula,
-            kind=activation.kind,
-            head=config.head,
+            kind=decoder.activation.kind,
+            head=decoder.head,
             precision="fp32",
             flavor="portable",
             opset=bundle.OPSET,
-            vocab_size=config.vocab_size,
-            context=config.context,
-            layers=config.layers,
-            dim=config.dim,
-            heads=config.heads,
-            hidden=config.hidden,
-            parameters=sum(array.size for array in weights.values()),
+            vocab_size=decoder.vocab_size,
+            context=decoder.context,
+            layers=decoder.layers,
+            dim=decoder.dim,
+            heads=decoder.heads,
+            hidden=decoder.hidden,
+            parameters=decoder.parameters,
             quality=checkpoint.quality,
             parity=parity,
             activation_info=info,

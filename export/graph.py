@@ -18,8 +18,9 @@ file as a function (export/ops/onnx_function.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -29,8 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 from export import bundle
 from export.ops.onnx_function import onnx_function
 from export.ops.trace import trace
-from models.activations import Activation
-from models.gpt import NORM_EPS, ActuaryConfig, rope_tables
+from models.decoder import Decoder, Weights
 
 IR_VERSION = 10  # the newest that every runtime with opset 20 reads
 
@@ -69,108 +69,151 @@ class Graph:
     def scalar(self, value: float) -> str:
         return self.weight(f"float_{value!r}", np.array(value, dtype=np.float32))
 
-    def rms_norm(self, x: str, gain: str) -> str:
+    def rms_norm(self, x: str, gain: str, eps: float) -> str:
         """x / sqrt(mean(x^2) + eps) * gain [C] over the last axis, in the form that ONNX Runtime fuses."""
         square = self.node("Pow", x, self.scalar(2.0))
         mean = self.node("ReduceMean", square, self.ints(-1), keepdims=1)
-        root = self.node("Sqrt", self.node("Add", mean, self.scalar(NORM_EPS)))
+        root = self.node("Sqrt", self.node("Add", mean, self.scalar(eps)))
         return self.node("Mul", self.node("Div", x, root), gain)
 
-    def linear(self, x: str, name: str, weight: NDArray[Any]) -> str:
-        """x @ weight^T for a torch weight [out, in], stored transposed as MatMul wants it."""
-        return self.node("MatMul", x, self.weight(name, weight.T))
+
+Positions = Literal["last", "all"]
 
 
-Weights = Mapping[str, NDArray[np.float32]]
+def build(decoder: Decoder, positions: Positions = "last") -> onnx.ModelProto:
+    """The whole model.
 
-
-def build(config: ActuaryConfig, activation: Activation, weights: Weights) -> onnx.ModelProto:
-    """The whole model; `weights` by their names in the checkpoint."""
+    Args:
+        positions: `last` is the bundle's contract (export/bundle.py); `all` gives logits [B, T, V] of every
+            position and nothing else, which is what measuring bits per byte takes.
+    """
     g = Graph()
-    positions = _positions(g, config)
-    # Norm and lookup commute: the table is normed once, here, in float64.
-    x = g.node("Gather", g.weight("embed", _normed(weights["embed.weight"])), bundle.INPUT_IDS)  # [B, T, C]
-    for i in range(config.layers):
-        block = {
-            name.removeprefix(f"blocks.{i}."): array
-            for name, array in weights.items()
-            if name.startswith(f"blocks.{i}.")
-        }
-        x = _attention(g, config, f"blocks.{i}.", block, x, positions)
-        if i == config.layers - 1:
-            last = g.node("Unsqueeze", g.node("Sub", bundle.LENGTHS, g.ints(1)), g.ints(1))  # [B, 1]
-            x = g.node("GatherND", x, last, batch_dims=1)  # [B, C]
-        x = _feed_forward(
-            g, config, activation, f"blocks.{i}.", block, x, rows="batch" if i == config.layers - 1 else None
-        )
-    x = g.rms_norm(x, g.weight("norm.weight", weights["norm.weight"]))
-    # The head has its own, transposed copy of the embedding, so that it can be quantised on its own.
-    product = g.linear(x, "head.weight", weights["embed.weight"])
-    logits = g.node("Add", product, g.weight("head.bias", weights["head_bias"]), output=bundle.LOGITS)
-    _probabilities(g, logits)
-    return _model(g, config, activation)
+    shared = _positions(g, decoder)
+    x = g.node("Gather", g.weight("embed", decoder.weights["embed"]), bundle.INPUT_IDS)  # [B, T, C]
+    if decoder.rope is None:
+        x = g.node("Add", x, g.node("Slice", g.weight("position", decoder.weights["position"]), g.ints(0), shared.T))
+    for i in range(decoder.layers):
+        x = _attention(g, decoder, i, x, shared)
+        last = positions == "last" and i == decoder.layers - 1
+        if last:
+            row = g.node("Unsqueeze", g.node("Sub", bundle.LENGTHS, g.ints(1)), g.ints(1))  # [B, 1]
+            x = g.node("GatherND", x, row, batch_dims=1)  # [B, C]
+        x = _feed_forward(g, decoder, i, x, axes=["batch"] if last else ["batch", "time"])
+    x = _norm(g, decoder, "norm", decoder.weights, x)
+    # The head has a transposed table of its own, also where it is the embedding's, so that it can be quantised alone.
+    logits = _linear(g, "head", decoder.weights, x, output=bundle.LOGITS)
+    if positions == "last":
+        _probabilities(g, logits)
+    return _model(g, decoder, positions)
 
 
-def _normed(table: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows [V, C] over their root mean square."""
-    exact = table.astype(np.float64)
-    return np.asarray(exact / np.sqrt((exact**2).mean(-1, keepdims=True) + NORM_EPS), dtype=np.float32)
+@dataclass(frozen=True)
+class _Shared:
+    """What all blocks read: the length [1], RoPE's cos and sin [T, D / 2] or "", and the causal bias [T, T]."""
+
+    T: str
+    cos: str
+    sin: str
+    bias: str
 
 
-def _positions(g: Graph, config: ActuaryConfig) -> tuple[str, str, str]:
-    """RoPE's cos and sin [T, head_dim / 2] and the causal bias [T, T], shared by all blocks."""
+def _positions(g: Graph, decoder: Decoder) -> _Shared:
     T = g.node("Shape", bundle.INPUT_IDS, start=1, end=2)  # [1]
-    cos, sin = (table.float().numpy() for table in rope_tables(config.context, config.dim // config.heads))
-    tables = [
-        g.node("Slice", g.weight(name, table), g.ints(0), T, g.ints(0))
-        for name, table in (("rope.cos", cos), ("rope.sin", sin))
-    ]
+    cos, sin = (
+        (
+            g.node("Slice", g.weight(name, table), g.ints(0), T, g.ints(0))
+            for name, table in zip(("rope.cos", "rope.sin"), decoder.rope, strict=True)
+        )
+        if decoder.rope
+        else ("", "")
+    )
     zero, one = (g.weight(f"int_{value}", np.array(value, dtype=np.int64)) for value in (0, 1))
     order = g.node("Range", zero, g.node("Squeeze", T), one)
     later = g.node("Greater", g.node("Unsqueeze", order, g.ints(0)), g.node("Unsqueeze", order, g.ints(1)))
-    return tables[0], tables[1], g.node("Where", later, g.scalar(-math.inf), g.scalar(0.0))
+    return _Shared(T, cos, sin, g.node("Where", later, g.scalar(-math.inf), g.scalar(0.0)))
 
 
-def _attention(g: Graph, config: ActuaryConfig, at: str, w: Weights, x: str, positions: tuple[str, str, str]) -> str:
-    """x + out(attention(norm(x))): [B, T, C] -> [B, T, C]."""
-    cos, sin, bias = positions
-    heads, head_dim = config.heads, config.dim // config.heads
-    qkv = g.linear(
-        g.rms_norm(x, g.weight(at + "attention_norm", w["attention_norm.weight"])),
-        at + "qkv",
-        w["attention.qkv.weight"],
+def _norm(g: Graph, decoder: Decoder, name: str, weights: Weights, x: str, at: str = "") -> str:
+    """The decoder's norm of x over the last axis, with the gain [C] and bias [C] called `name`."""
+    gain = g.weight(f"{at}{name}.weight", weights[f"{name}.weight"])
+    if decoder.norm == "rms":
+        return g.rms_norm(x, gain, decoder.norm_eps)
+    bias = g.weight(f"{at}{name}.bias", weights[f"{name}.bias"])
+    return g.node("LayerNormalization", x, gain, bias, axis=-1, epsilon=decoder.norm_eps)
+
+
+def _linear(g: Graph, name: str, weights: Weights, x: str, at: str = "", output: str = "") -> str:
+    """x @ weight^T (+ bias) for the torch weight [out, in] called `name`, stored transposed as MatMul wants it."""
+    bias = weights.get(f"{name}.bias")
+    product = g.node(
+        "MatMul",
+        x,
+        g.weight(f"{at}{name}.weight", weights[f"{name}.weight"].T),
+        output="" if bias is not None else output,
     )
-    q, k, v = g.split("Split", qkv, outputs=[at + "q", at + "k", at + "v"], axis=-1, num_outputs=3)
+    return product if bias is None else g.node("Add", product, g.weight(f"{at}{name}.bias", bias), output=output)
 
-    def rotated(y: str, gain: NDArray[np.float32], name: str) -> str:
-        """QK-norm, then RoPE: [B, T, C] -> [B, heads, T, head_dim]."""
-        y = g.node("Reshape", y, g.ints(0, 0, heads, head_dim))
-        y = g.node("Transpose", g.rms_norm(y, g.weight(at + name, gain)), perm=[0, 2, 1, 3])
-        a, b = g.split("Split", y, outputs=[at + name + "_first", at + name + "_second"], axis=-1, num_outputs=2)
-        first = g.node("Sub", g.node("Mul", a, cos), g.node("Mul", b, sin))
-        second = g.node("Add", g.node("Mul", b, cos), g.node("Mul", a, sin))
+
+def _attention(g: Graph, decoder: Decoder, i: int, x: str, shared: _Shared) -> str:
+    """x + out(attention(norm(x))): [B, T, C] -> [B, T, C].
+
+    Query heads stand in groups [B, kv_heads, group, T, D], so that each group's one key and value head is
+    broadcast and never copied; where every query head has its own, the group's axis is left out.
+    """
+    at, w = f"blocks.{i}.", decoder.block(i)
+    heads, kv_heads, D = decoder.heads, decoder.kv_heads, decoder.head_dim
+    group = heads // kv_heads
+    grouped = [kv_heads] if group == 1 else [kv_heads, group]
+    scale = np.float32(decoder.score_scales[i])
+    # The scores' scale rides on q: on its gain where it is normed, else on the rows that make it.
+    if "q_norm.weight" in w:
+        w = {**w, "q_norm.weight": w["q_norm.weight"] * scale}
+    else:
+        rows = np.ones(((heads + 2 * kv_heads) * D, 1), dtype=np.float32)
+        rows[: heads * D] = scale
+        w = {**w, "qkv.weight": w["qkv.weight"] * rows}
+        if "qkv.bias" in w:
+            w["qkv.bias"] = w["qkv.bias"] * rows[:, 0]
+    qkv = _linear(g, "qkv", w, _norm(g, decoder, "attention_norm", w, x, at), at)
+    widths = g.ints(heads * D, kv_heads * D, kv_heads * D)
+    q, k, v = g.split("Split", qkv, widths, outputs=[at + "q", at + "k", at + "v"], axis=-1)
+
+    def turned(y: str, which: str, shape: list[int]) -> str:
+        """QK-norm and RoPE, where there are: [B, T, n D] -> [B, *shape, T, D]."""
+        y = g.node("Reshape", y, g.ints(0, 0, *shape, D))
+        if f"{which}_norm.weight" in w:
+            y = g.rms_norm(y, g.weight(f"{at}{which}_norm.weight", w[f"{which}_norm.weight"]), decoder.norm_eps)
+        n = len(shape)
+        y = g.node("Transpose", y, perm=[0, *range(2, 2 + n), 1, 2 + n])
+        if decoder.rope is None:
+            return y
+        a, b = g.split("Split", y, outputs=[f"{at}{which}.first", f"{at}{which}.second"], axis=-1, num_outputs=2)
+        first = g.node("Sub", g.node("Mul", a, shared.cos), g.node("Mul", b, shared.sin))
+        second = g.node("Add", g.node("Mul", b, shared.cos), g.node("Mul", a, shared.sin))
         return g.node("Concat", first, second, axis=-1)
 
-    # The 1 / sqrt(head_dim) of the scores rides on q's gain.
-    q = rotated(q, w["attention.q_norm.weight"] * np.float32(head_dim**-0.5), "q_norm")
-    k = g.node("Transpose", rotated(k, w["attention.k_norm.weight"], "k_norm"), perm=[0, 1, 3, 2])
-    v = g.node("Transpose", g.node("Reshape", v, g.ints(0, 0, heads, head_dim)), perm=[0, 2, 1, 3])
-    scores = g.node("Add", g.node("MatMul", q, k), bias)  # [B, heads, T, T]
+    alone = [kv_heads] if group == 1 else [kv_heads, 1]
+    last = len(alone) + 2
+    q = turned(q, "q", grouped)
+    k = g.node("Transpose", turned(k, "k", alone), perm=[*range(last - 1), last, last - 1])  # [..., D, T]
+    v = g.node("Reshape", v, g.ints(0, 0, *alone, D))
+    v = g.node("Transpose", v, perm=[0, *range(2, last), 1, last])
+    scores = g.node("Add", g.node("MatMul", q, k), shared.bias)  # [B, kv_heads, (group,) T, T]
     y = g.node("MatMul", g.node("Softmax", scores, axis=-1), v)
-    y = g.node("Reshape", g.node("Transpose", y, perm=[0, 2, 1, 3]), g.ints(0, 0, config.dim))
-    return g.node("Add", x, g.linear(y, at + "out", w["attention.out.weight"]))
+    y = g.node("Transpose", y, perm=[0, last - 1, *range(1, last - 1), last])
+    y = g.node("Reshape", y, g.ints(0, 0, heads * D))
+    return g.node("Add", x, _linear(g, "out", w, y, at))
 
 
-def _feed_forward(
-    g: Graph, config: ActuaryConfig, activation: Activation, at: str, w: Weights, x: str, rows: str | None
-) -> str:
+def _feed_forward(g: Graph, decoder: Decoder, i: int, x: str, axes: list[str]) -> str:
     """x + down(activation(up(norm(x)))): [..., C] -> [..., C]."""
-    up = g.linear(g.rms_norm(x, g.weight(at + "ffn_norm", w["ffn_norm.weight"])), at + "up", w["ffn.up.weight"])
-    learned = [g.weight(f"{at}learned.{name}", w[f"ffn.learned.{name}"]) for name in activation.learned]
+    at, w, activation = f"blocks.{i}.", decoder.block(i), decoder.activation
+    up = _linear(g, "up", w, _norm(g, decoder, "ffn_norm", w, x, at), at)
+    learned = [g.weight(f"{at}learned.{name}", w[f"learned.{name}"]) for name in activation.learned]
     hidden = g.node(activation.name, up, *learned, domain=bundle.DOMAIN, output=at + "hidden")
-    shape = [rows, config.hidden] if rows else ["batch", "time", config.hidden]
-    g.value_info.append(helper.make_tensor_value_info(hidden, TensorProto.FLOAT, shape))
-    return g.node("Add", x, g.linear(hidden, at + "down", w["ffn.down.weight"]))
+    # Without its shape, the product that follows would not become a Gemm.
+    g.value_info.append(helper.make_tensor_value_info(hidden, TensorProto.FLOAT, [*axes, decoder.hidden]))
+    return g.node("Add", x, _linear(g, "down", w, hidden, at))
 
 
 def _probabilities(g: Graph, logits: str) -> None:
@@ -198,20 +241,23 @@ def _probabilities(g: Graph, logits: str) -> None:
     g.node("Concat", *entropies, axis=-1, output=bundle.ENTROPY_BITS)
 
 
-def _model(g: Graph, config: ActuaryConfig, activation: Activation) -> onnx.ModelProto:
-    V = config.vocab_size
-    ids = TensorProto.INT64
-    inputs = [
-        helper.make_tensor_value_info(bundle.INPUT_IDS, ids, ["batch", "time"]),
-        helper.make_tensor_value_info(bundle.LENGTHS, ids, ["batch"]),
-        helper.make_tensor_value_info(bundle.TOP_K, ids, [1]),
-    ]
-    rows = [(bundle.LOGITS, V), (bundle.SOFTMAX, V), (bundle.SIGMOID, V), (bundle.MASS, 2), (bundle.ENTROPY_BITS, 2)]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width]) for name, width in rows]
-    outputs.append(helper.make_tensor_value_info(bundle.TOP_IDS, ids, ["batch", "top"]))
+def _model(g: Graph, decoder: Decoder, positions: Positions) -> onnx.ModelProto:
+    V, ids, floats = decoder.vocab_size, TensorProto.INT64, TensorProto.FLOAT
+    inputs = [helper.make_tensor_value_info(bundle.INPUT_IDS, ids, ["batch", "time"])]
+    if positions == "all":
+        outputs = [helper.make_tensor_value_info(bundle.LOGITS, floats, ["batch", "time", V])]
+    else:
+        inputs += [
+            helper.make_tensor_value_info(bundle.LENGTHS, ids, ["batch"]),
+            helper.make_tensor_value_info(bundle.TOP_K, ids, [1]),
+        ]
+        widths = {bundle.LOGITS: V, bundle.SOFTMAX: V, bundle.SIGMOID: V, bundle.MASS: 2, bundle.ENTROPY_BITS: 2}
+        outputs = [helper.make_tensor_value_info(name, floats, ["batch", width]) for name, width in widths.items()]
+        outputs.append(helper.make_tensor_value_info(bundle.TOP_IDS, ids, ["batch", "top"]))
     graph = helper.make_graph(
-        g.nodes, config.name, inputs, outputs, list(g.initializers.values()), value_info=g.value_info
+        g.nodes, decoder.name, inputs, outputs, list(g.initializers.values()), value_info=g.value_info
     )
+    activation = decoder.activation
     return helper.make_model(
         graph,
         functions=[onnx_function(activation.name, trace(activation))],

@@ -6,9 +6,9 @@ model. The whole model, on prompts of several lengths and padded batches, agains
 
 The bound of the whole model. Each product sums k terms, and rounds with relative error about sqrt(k) * u in
 the usual case (Higham & Mary 2019; u = 2^-24). Along the deepest path of L blocks the products have
-k = C, head_dim, T, C, C, H, and C in the head; their independent errors add as squares, so
+k = C, D, T, heads D, C, H (D = head_dim), and C in the head; their independent errors add as squares, so
 
-    bound = SAFETY * u * sqrt(L * (3 C + head_dim + T + H) + C)       of a row's largest |logit|.
+    bound = SAFETY * u * sqrt(L * (2 C + D + T + heads D + H) + C)       of a row's largest |logit|.
 
 SAFETY = 2 covers the norms, exponentials and the residual stream's growth. Default variants and every activation at
 random weights show at most 0.08 of this bound, while gelu_tanh in gelu's place, or one matrix that is off by 0.05 %,
@@ -27,15 +27,15 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from transformers import PreTrainedModel
 
 from actuary import GateFailed
 from export import bundle
 from export.graph import IR_VERSION
 from export.ops.error_bound import TINY, UNIT, value_and_bound
 from export.ops.trace import trace
-from models import activations
 from models.activations import Activation
-from models.gpt import ActuaryConfig, ActuaryGPT
+from models.decoder import Decoder
 
 SAFETY = 2
 PROBES = 12
@@ -45,10 +45,11 @@ _EXTREMES = (1e4, -1e4, 1e3, -1e3, 104.0, -104.0, 88.8, -88.8, 20.0, -20.0, 1.0,
              1e-30, -1e-30, 1e-40, -1e-40, 0.0, -0.0)  # fmt: skip
 
 
-def model_bound(config: ActuaryConfig) -> float:
+def model_bound(decoder: Decoder) -> float:
     """Largest allowed |error| of a logit over its row's largest |logit|; derived above."""
-    per_block = 3 * config.dim + config.dim // config.heads + config.context + config.hidden
-    return SAFETY * UNIT * math.sqrt(config.layers * per_block + config.dim)
+    d = decoder
+    per_block = 2 * d.dim + d.head_dim + d.context + d.heads * d.head_dim + d.hidden
+    return SAFETY * UNIT * math.sqrt(d.layers * per_block + d.dim)
 
 
 def open_session(model: bytes | str) -> onnxruntime.InferenceSession:
@@ -114,24 +115,24 @@ def check_activation(activation: Activation, function: onnx.FunctionProto, rng: 
     return float(ratio.flat[worst])
 
 
-def _prompts(config: ActuaryConfig, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+def _prompts(decoder: Decoder, rng: np.random.Generator) -> list[NDArray[np.int64]]:
     """Random prompts from 1 token to the whole context, and the vocabulary's ends repeated."""
-    T, V = config.context, config.vocab_size
+    T, V = decoder.context, decoder.vocab_size
     lengths = [1, min(2, T), max(1, T // 2 - 1), T, *rng.integers(1, T, size=PROBES - 6, endpoint=True)]
     random = [rng.integers(0, V, size=int(length)) for length in lengths]
     return [*random, np.zeros(T, dtype=np.int64), np.full(max(1, T - 1), V - 1)]
 
 
-def check_model(config: ActuaryConfig, reference: ActuaryGPT, run: Run, seed: int) -> tuple[float, float, int]:
+def check_model(decoder: Decoder, reference: PreTrainedModel, run: Run, seed: int) -> tuple[float, float, int]:
     """Compares logits [B, V] at each prompt's last position, each prompt alone and all in one padded batch.
 
     Args:
-        reference: the torch model in float32; compared in float64, and put back.
+        reference: the torch model in float32 that `decoder` was read from; compared in float64, and put back.
         run: the exported session's `run`.
     Returns: (max_abs, max_rel, probes left out). GateFailed names the probe and both values.
     """
     rng = np.random.default_rng(seed)
-    prompts, bound = _prompts(config, rng), model_bound(config)
+    prompts, bound = _prompts(decoder, rng), model_bound(decoder)
     single = np.stack([_torch_logits(reference, prompt) for prompt in prompts]).astype(np.float64)
     exact = np.stack([_torch_logits(reference.double(), prompt) for prompt in prompts])
     reference.float()
@@ -142,12 +143,11 @@ def check_model(config: ActuaryConfig, reference: ActuaryGPT, run: Run, seed: in
     if fair.sum() < PROBES / 2:
         raise GateFailed(
             f"torch's own float32 misses its float64 by more than {bound:.2g} on {PROBES - fair.sum()} of {PROBES} "
-            f"probes: "
-            f"{config.name!r} at these weights is not determined in float32"
+            f"probes: {decoder.name!r} at these weights is not determined in float32"
         )
     alone = np.concatenate([run([bundle.LOGITS], _feed([prompt]))[0] for prompt in prompts])
     outputs = dict(
-        zip(bundle.OUTPUTS, run(list(bundle.OUTPUTS), _feed(prompts, top_k=min(5, config.vocab_size))), strict=True)
+        zip(bundle.OUTPUTS, run(list(bundle.OUTPUTS), _feed(prompts, top_k=min(5, decoder.vocab_size))), strict=True)
     )
     errors = [np.abs(got - exact)[fair] for got in (alone, outputs[bundle.LOGITS])]
     worst = max(errors, key=lambda error: float((error / scale[fair]).max()))
@@ -156,7 +156,7 @@ def check_model(config: ActuaryConfig, reference: ActuaryGPT, run: Run, seed: in
         row, token = np.unravel_index(int((worst / scale[fair]).argmax()), worst.shape)
         probe = int(np.flatnonzero(fair)[row])
         raise GateFailed(
-            f"{config.name!r} misses parity: logit of token {token} after a prompt of {len(prompts[probe])} tokens "
+            f"{decoder.name!r} misses parity: logit of token {token} after a prompt of {len(prompts[probe])} tokens "
             f"(seed {seed}, probe {probe}): torch in float64 {exact[probe, token]:.7g}, "
             f"ONNX Runtime alone {alone[probe, token]:.7g}, in a batch {outputs[bundle.LOGITS][probe, token]:.7g}; "
             f"relative error {max_rel:.2g}, allowed {bound:.2g}"
@@ -165,10 +165,11 @@ def check_model(config: ActuaryConfig, reference: ActuaryGPT, run: Run, seed: in
     return float(max(error.max() for error in errors)), max_rel, int(PROBES - fair.sum())
 
 
-def _torch_logits(model: ActuaryGPT, prompt: NDArray[np.int64]) -> NDArray[Any]:
+def _torch_logits(model: PreTrainedModel, prompt: NDArray[np.int64]) -> NDArray[Any]:
+    """[V], after the prompt."""
     with torch.inference_mode():
-        hidden = model.hidden_states(torch.from_numpy(prompt)[None])
-        return np.asarray(model.logits(hidden[:, -1])[0].numpy())
+        output = model(input_ids=torch.from_numpy(prompt)[None], logits_to_keep=1)
+        return np.asarray(output.logits[0, -1].numpy())
 
 
 def _feed(prompts: list[NDArray[np.int64]], top_k: int = 0) -> dict[str, NDArray[np.int64]]:
@@ -206,16 +207,16 @@ def _check_probabilities(outputs: dict[str, NDArray[Any]]) -> None:
         raise GateFailed(f"the graph's {bundle.TOP_IDS} are not the ids of its largest logits, ties by rising id")
 
 
-def check(config: ActuaryConfig, reference: ActuaryGPT, model_path: str, seed: int) -> bundle.Parity:
+def check(decoder: Decoder, reference: PreTrainedModel, model_path: str, seed: int) -> bundle.Parity:
     """Both comparisons on the file as written; GateFailed where one misses."""
-    activation = activations.get(config.activation)
-    (function,) = onnx.load(model_path, load_external_data=False).functions
-    worst = check_activation(activation, function, np.random.default_rng(seed))
-    max_abs, max_rel, left_out = check_model(config, reference, open_session(model_path).run, seed)
+    functions = onnx.load(model_path, load_external_data=False).functions
+    function = next(f for f in functions if f.name == decoder.activation.name)
+    worst = check_activation(decoder.activation, function, np.random.default_rng(seed))
+    max_abs, max_rel, left_out = check_model(decoder, reference, open_session(model_path).run, seed)
     return bundle.Parity(
         max_abs=max_abs,
         max_rel=max_rel,
-        bound=model_bound(config),
+        bound=model_bound(decoder),
         activation=worst,
         probes=PROBES,
         probes_left_out=left_out,

@@ -248,11 +248,12 @@ class ActuaryGPT(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        logits_to_keep: int = 0,
         **_: Any,
     ) -> CausalLMOutput:
         """ids [B, T] -> logits [B, T, V]; `labels` [B, T], as everywhere in transformers, are the ids themselves
-        and -100 where they do not count."""
-        logits = self.logits(self.hidden_states(input_ids, attention_mask))
+        and -100 where they do not count; `logits_to_keep` asks for the last positions only, 0 for all."""
+        logits = self.logits(self.hidden_states(input_ids, attention_mask)[:, -logits_to_keep:])
         loss = None if labels is None else head_loss(logits[:, :-1], labels[:, 1:], self.config.head)
         return CausalLMOutput(loss=loss, logits=logits)
 

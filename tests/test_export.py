@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from export.exporter import export_bundle, find_checkpoints, read_checkpoint
 from export.graph import build
 from export.parity import check_model, model_bound
 from models import activations
+from models.decoder import Decoder, from_actuary
 
 V, CONTEXT = TINY["vocab_size"], TINY["context"]
 
@@ -39,6 +41,18 @@ def saved(tiny_checkpoint, tmp_path) -> Path:
     checkpoint.model.save_pretrained(folder)
     (folder / bundle.TOKENIZER).write_bytes(checkpoint.tokenizer_json)
     return folder
+
+
+def decoder_of(checkpoint: exporter.Checkpoint) -> Decoder:
+    return from_actuary(checkpoint.model, checkpoint.name)
+
+
+def changed(decoder: Decoder, weights: dict[str, np.ndarray]) -> Decoder:
+    return dataclasses.replace(decoder, weights={**decoder.weights, **weights})
+
+
+def open_built(decoder: Decoder) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(build(decoder).SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def run(session, prompts: list[list[int]], width: int | None = None, top_k: int = 5) -> dict[str, np.ndarray]:
@@ -87,7 +101,7 @@ def test_a_batch_of_different_lengths_equals_each_alone(session, tiny_checkpoint
     together = run(session, prompts, width=CONTEXT)
     # Both are within the model bound of the exact logits, so within twice that of each other; an error of d in the
     # logits is one of at most 2 d, relative, in a softmax, and of log2(e) (2 d) * logits in an entropy.
-    bound = 2 * model_bound(tiny_checkpoint("gelu").model.config)
+    bound = 2 * model_bound(decoder_of(tiny_checkpoint("gelu")))
     for i, prompt in enumerate(prompts):
         alone = run(session, [prompt])
         d = bound * float(np.abs(alone[bundle.LOGITS]).max())
@@ -108,10 +122,7 @@ def test_top_k_may_be_anything_up_to_the_vocabulary(session, top_k: int):
 def test_extreme_logits_give_no_nan(tiny_checkpoint, scale: float):
     """Logits of +-1e4 and more: probabilities, mass and entropy stay numbers, and what they must be."""
     checkpoint = tiny_checkpoint("gelu")
-    weights = {name: tensor.numpy().copy() for name, tensor in checkpoint.model.state_dict().items()}
-    weights["head_bias"] = np.linspace(-scale, scale, V).astype(np.float32)
-    config = checkpoint.model.config
-    model = build(config, activations.get("gelu"), weights)
+    model = build(changed(decoder_of(checkpoint), {"head.bias": np.linspace(-scale, scale, V, dtype=np.float32)}))
     outputs = run(
         onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]), [[5, 6, 7]]
     )
@@ -123,35 +134,22 @@ def test_extreme_logits_give_no_nan(tiny_checkpoint, scale: float):
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("name", "damage"),
     [
-        lambda weights: weights.update(
-            {"blocks.0.ffn.down.weight": weights["blocks.0.ffn.down.weight"] * np.float32(1.0005)}
-        ),
-        lambda weights: weights.update(
-            {"head_bias": weights["head_bias"] + np.eye(1, V, 7, dtype=np.float32)[0] * np.float32(1e-3)}
-        ),
-        lambda weights: weights.update(
-            {"blocks.1.attention.q_norm.weight": weights["blocks.1.attention.q_norm.weight"] * np.float32(1.002)}
-        ),
+        ("blocks.0.down.weight", lambda w: w * np.float32(1.0005)),
+        ("head.bias", lambda w: w + np.eye(1, V, 7, dtype=np.float32)[0] * np.float32(1e-3)),
+        ("blocks.1.q_norm.weight", lambda w: w * np.float32(1.002)),
     ],
 )
-def test_the_gate_sees_a_model_that_is_a_little_wrong(tiny_checkpoint, damage):
+def test_the_gate_sees_a_model_that_is_a_little_wrong(tiny_checkpoint, name, damage):
     checkpoint = tiny_checkpoint("gelu")
-    weights = {name: tensor.numpy().copy() for name, tensor in checkpoint.model.state_dict().items()}
-    config = checkpoint.model.config
-    right = onnxruntime.InferenceSession(
-        build(config, activations.get("gelu"), weights).SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    _, max_rel, left_out = check_model(config, checkpoint.model, right.run, seed=4)
-    assert max_rel <= model_bound(config)
+    decoder = decoder_of(checkpoint)
+    _, max_rel, left_out = check_model(decoder, checkpoint.model, open_built(decoder).run, seed=4)
+    assert max_rel <= model_bound(decoder)
     assert left_out == 0
-    damage(weights)
-    wrong = onnxruntime.InferenceSession(
-        build(config, activations.get("gelu"), weights).SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    wrong = open_built(changed(decoder, {name: damage(decoder.weights[name])}))
     with pytest.raises(GateFailed, match=r"'gelu' misses parity: logit of token \d+ .*allowed"):
-        check_model(config, checkpoint.model, wrong.run, seed=4)
+        check_model(decoder, checkpoint.model, wrong.run, seed=4)
 
 
 def test_the_gate_sees_a_sigmoid_that_is_wrong_in_its_tail(tiny_checkpoint):
@@ -159,14 +157,14 @@ def test_the_gate_sees_a_sigmoid_that_is_wrong_in_its_tail(tiny_checkpoint):
     checkpoint = tiny_checkpoint("gelu")
     with torch.no_grad():
         checkpoint.model.head_bias -= 15
-    weights = {name: tensor.numpy().copy() for name, tensor in checkpoint.model.state_dict().items()}
-    model = build(checkpoint.model.config, activations.get("gelu"), weights)
+    decoder = decoder_of(checkpoint)
+    model = build(decoder)
     (node,) = [node for node in model.graph.node if bundle.SIGMOID in node.output]
     node.op_type = "Sigmoid"
     node.input[0] = bundle.LOGITS
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     with pytest.raises(GateFailed, match="the graph's sigmoid misses its definition"):
-        check_model(checkpoint.model.config, checkpoint.model, session.run, seed=2)
+        check_model(decoder, checkpoint.model, session.run, seed=2)
 
 
 def test_weights_past_a_size_lie_beside_the_model(tiny_checkpoint, tmp_path, monkeypatch):
@@ -201,9 +199,7 @@ def test_a_model_that_fails_the_gate_is_not_written_and_the_old_bundle_stays(tin
     monkeypatch.setattr(
         exporter,
         "build",
-        lambda config, activation, weights: build(
-            config, activation, weights | {"head_bias": weights["head_bias"] + 1}
-        ),
+        lambda decoder: build(changed(decoder, {"head.bias": decoder.weights["head.bias"] + 1})),
     )
     with pytest.raises(GateFailed):
         export_bundle(tiny_checkpoint("gelu"), tmp_path)
@@ -214,11 +210,8 @@ def test_a_model_that_fails_the_gate_is_not_written_and_the_old_bundle_stays(tin
 def test_what_torch_itself_cannot_decide_is_left_out_and_counted(tiny_checkpoint, monkeypatch):
     """A step function may fall either way within rounding: then torch's own float32 misses its float64."""
     checkpoint = tiny_checkpoint("threshold")
-    config = checkpoint.model.config
-    weights = {name: tensor.numpy().copy() for name, tensor in checkpoint.model.state_dict().items()}
-    session = onnxruntime.InferenceSession(
-        build(config, activations.get("threshold"), weights).SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    decoder = decoder_of(checkpoint)
+    session = open_built(decoder)
     torch_logits, flips = parity._torch_logits, 3
 
     def flipping(model, prompt):
@@ -227,10 +220,10 @@ def test_what_torch_itself_cannot_decide_is_left_out_and_counted(tiny_checkpoint
         return torch_logits(model, prompt) + (0.01 if model.dtype == torch.float32 and flips >= 0 else 0)
 
     monkeypatch.setattr(parity, "_torch_logits", flipping)
-    assert check_model(config, checkpoint.model, session.run, seed=1)[2] == 3
+    assert check_model(decoder, checkpoint.model, session.run, seed=1)[2] == 3
     flips = parity.PROBES
     with pytest.raises(GateFailed, match="is not determined in float32"):
-        check_model(config, checkpoint.model, session.run, seed=1)
+        check_model(decoder, checkpoint.model, session.run, seed=1)
 
 
 def _cut(path: Path) -> None:
