@@ -1,25 +1,64 @@
 """A decoder-only transformer as plain arrays: what export/graph.py writes, whichever checkpoint it came from.
 
-One `Decoder` holds a shape and named weights; a reader per family (ours here, transformers' in
-models/checkpoints.py) fills it. Nothing after this module knows where a model came from.
+One `Decoder` holds a shape and named weights; a reader per family, `READERS` at the end, fills it from the torch
+model that models/checkpoints.py loads. Nothing after this module knows where a model came from.
 
     embed (+ position) -> [ x + out(attention(qkv(norm(x)))) -> x + down(activation(up(norm(x)))) ] * L -> norm -> head
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
 
+from actuary import BadInput
 from models import activations
 from models.activations import Activation
-from models.gpt import NORM_EPS, ActuaryGPT, Head, rope_tables
+from models.gpt import NORM_EPS, ActuaryConfig, ActuaryGPT, Head, rope_tables
 
 Weights = Mapping[str, NDArray[np.float32]]
+
+# transformers' name of a feed-forward activation (its ACT2FN) -> ours, where it stands alone and where it gates.
+POINTWISE = MappingProxyType(
+    {
+        "gelu": "gelu",
+        "gelu_python": "gelu",
+        "gelu_new": "gelu_tanh",
+        "gelu_fast": "gelu_tanh",
+        "gelu_accurate": "gelu_tanh",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_python_tanh": "gelu_tanh",
+        "quick_gelu": "quick_gelu",
+        "silu": "silu",
+        "swish": "silu",
+        "relu": "relu",
+        "relu2": "relu2",
+        "relu6": "relu6",
+        "leaky_relu": "leaky_relu",
+        "mish": "mish",
+        "tanh": "tanh",
+        "sigmoid": "sigmoid",
+    }
+)
+GATED = MappingProxyType(
+    {
+        "silu": "swiglu",
+        "swish": "swiglu",
+        "gelu": "geglu",
+        "gelu_python": "geglu",
+        "relu": "reglu",
+        "sigmoid": "glu",
+        "linear": "bilinear",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -111,3 +150,178 @@ def _normed(table: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows [V, C] over their root mean square."""
     exact = table.astype(np.float64)
     return np.asarray(exact / np.sqrt((exact**2).mean(-1, keepdims=True) + NORM_EPS), dtype=np.float32)
+
+
+def from_gpt2(model: PreTrainedModel, name: str) -> Decoder:
+    """transformers' `gpt2`: positions embedded, LayerNorm, biases everywhere, weights stored [in, out]."""
+    config = model.config
+    own = _arrays(model)
+    if config.add_cross_attention:
+        raise BadInput(f"checkpoint {name!r} attends to an encoder (add_cross_attention); we read decoders alone")
+    weights: dict[str, NDArray[Any]] = {
+        "embed": own["transformer.wte.weight"],
+        "position": own["transformer.wpe.weight"],
+        "head.weight": own["lm_head.weight"],
+    }
+    norms = {"norm": "transformer.ln_f"}
+    for i in range(config.n_layer):
+        block, theirs = f"blocks.{i}", f"transformer.h.{i}"
+        norms |= {f"{block}.attention_norm": f"{theirs}.ln_1", f"{block}.ffn_norm": f"{theirs}.ln_2"}
+        for ours, product in (
+            ("qkv", "attn.c_attn"),
+            ("out", "attn.c_proj"),
+            ("up", "mlp.c_fc"),
+            ("down", "mlp.c_proj"),
+        ):
+            weights[f"{block}.{ours}.weight"] = own[f"{theirs}.{product}.weight"].T
+            weights[f"{block}.{ours}.bias"] = own[f"{theirs}.{product}.bias"]
+    for ours, norm in norms.items():
+        weights |= {f"{ours}.{part}": own[f"{norm}.{part}"] for part in ("weight", "bias")}
+    return Decoder(
+        name=name,
+        family=config.model_type,
+        activation=_activation(config.activation_function, POINTWISE, name),
+        head="softmax",
+        vocab_size=config.vocab_size,
+        context=config.n_positions,
+        layers=config.n_layer,
+        dim=config.n_embd,
+        heads=config.n_head,
+        kv_heads=config.n_head,
+        head_dim=config.n_embd // config.n_head,
+        hidden=weights["blocks.0.up.weight"].shape[0],
+        norm="layer",
+        norm_eps=config.layer_norm_epsilon,
+        score_scales=tuple(float(block.attn.scaling) for block in model.transformer.h),
+        rope=None,
+        weights=weights,
+        parameters=model.num_parameters(),
+    )
+
+
+def from_llama(model: PreTrainedModel, name: str) -> Decoder:
+    """transformers' `llama` and what was made from it (`mistral`, `qwen2`, `qwen3`): RMSNorm, RoPE, a gated FFN.
+
+    Biases (of q, k, v in Qwen2) and the norms of q and k (Qwen3) are read where the model has them.
+    """
+    config = model.config
+    own = _arrays(model)
+    _refuse_sliding_window(config, name)
+    weights: dict[str, NDArray[Any]] = {
+        "embed": own["model.embed_tokens.weight"],
+        "norm.weight": own["model.norm.weight"],
+        "head.weight": own["lm_head.weight"],
+    }
+    packed = {
+        "attention_norm": ["input_layernorm"],
+        "ffn_norm": ["post_attention_layernorm"],
+        "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "q_norm": ["self_attn.q_norm"],
+        "k_norm": ["self_attn.k_norm"],
+        "out": ["self_attn.o_proj"],
+        "up": ["mlp.gate_proj", "mlp.up_proj"],
+        "down": ["mlp.down_proj"],
+    }
+    for i in range(config.num_hidden_layers):
+        for ours, theirs in packed.items():
+            for part in ("weight", "bias"):
+                rows = [own[key] for one in theirs if (key := f"model.layers.{i}.{one}.{part}") in own]
+                if rows:
+                    weights[f"blocks.{i}.{ours}.{part}"] = rows[0] if len(rows) == 1 else np.concatenate(rows)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Decoder(
+        name=name,
+        family=config.model_type,
+        activation=_activation(config.hidden_act, GATED, name),
+        head="softmax",
+        vocab_size=config.vocab_size,
+        context=config.max_position_embeddings,
+        layers=config.num_hidden_layers,
+        dim=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        hidden=config.intermediate_size,
+        norm="rms",
+        norm_eps=config.rms_norm_eps,
+        score_scales=tuple(float(layer.self_attn.scaling) for layer in model.model.layers),
+        rope=_rope(model.model.rotary_emb, config.max_position_embeddings, head_dim, name),
+        weights=weights,
+        parameters=model.num_parameters(),
+    )
+
+
+def _arrays(model: PreTrainedModel) -> dict[str, NDArray[Any]]:
+    """The state dict in float32; a view of the model's own memory where it is float32 already."""
+    return {key: tensor.detach().float().cpu().numpy() for key, tensor in model.state_dict().items()}
+
+
+def _activation(theirs: str, table: Mapping[str, str], name: str) -> Activation:
+    if theirs not in table:
+        form = "a gated feed-forward block" if table is GATED else "a feed-forward block"
+        raise BadInput(
+            f"checkpoint {name!r} has the activation {theirs!r} in {form}; read there are: {', '.join(sorted(table))}"
+        )
+    return activations.get(table[theirs])
+
+
+def _refuse_sliding_window(config: Any, name: str) -> None:
+    """BadInput where some block sees less than the whole context."""
+    window, context = getattr(config, "sliding_window", None), config.max_position_embeddings
+    kinds = getattr(config, "layer_types", None)
+    slides = window is not None and (kinds is None or "sliding_attention" in kinds)
+    if slides and window < context:
+        raise BadInput(
+            f"checkpoint {name!r} attends to a sliding window of {window} tokens, shorter than its context of "
+            f"{context}; export reads full attention: where prompts stay within {window} tokens, set "
+            f"max_position_embeddings to {window} in its config.json"
+        )
+
+
+def _rope(rotary: nn.Module, context: int, head_dim: int, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """cos and sin [context, D / 2] from transformers' own module, so that any scaling is what it computes.
+
+    BadInput where the angles of a position change with the prompt's length: one table cannot say that.
+    """
+
+    def table(T: int) -> tuple[NDArray[Any], ...]:
+        """[T, D] each; transformers repeats the D / 2 angles."""
+        with torch.no_grad():
+            return tuple(t[0].numpy().copy() for t in rotary(torch.zeros(1), torch.arange(T)[None]))
+
+    whole, kind = table(context), rotary.rope_type
+    if any(t.shape[-1] != head_dim for t in whole):
+        raise BadInput(
+            f"checkpoint {name!r} turns {whole[0].shape[-1]} of {head_dim} channels of a head by position (partial "
+            "RoPE); export reads RoPE over the whole head"
+        )
+    if kind == "longrope" or any(
+        not np.array_equal(a[:T], b) for T in (1, max(1, context // 2)) for a, b in zip(whole, table(T), strict=True)
+    ):
+        raise BadInput(
+            f"checkpoint {name!r} has RoPE of type {kind!r}, whose angles depend on the prompt's length within the "
+            f"context of {context}; export reads those that do not: default, linear, dynamic, yarn, llama3"
+        )
+    cos, sin = (np.ascontiguousarray(t[:, : head_dim // 2]) for t in whole)
+    return cos, sin
+
+
+# model_type -> what turns a model of it into a Decoder; models/checkpoints.py reads these from transformers' folders.
+READERS: Mapping[str, Callable[[PreTrainedModel, str], Decoder]] = MappingProxyType(
+    {
+        ActuaryConfig.model_type: from_actuary,
+        "gpt2": from_gpt2,
+        "llama": from_llama,
+        "mistral": from_llama,
+        "qwen2": from_llama,
+        "qwen3": from_llama,
+    }
+)
+
+
+def decoder_of(model: PreTrainedModel, name: str) -> Decoder:
+    """The model as plain arrays; BadInput where no reader knows its `model_type`."""
+    family = model.config.model_type
+    if family not in READERS:
+        raise BadInput(f"checkpoint {name!r} is a {family!r}; read are: {', '.join(READERS)}")
+    return READERS[family](model, name)
