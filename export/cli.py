@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.console import Console
@@ -35,10 +35,10 @@ errors = Console(stderr=True)
 )
 @click.option(
     "--flavor",
-    type=click.Choice(["portable"]),
-    default="portable",
+    type=click.Choice(["ort", "portable"]),
+    default="ort",
     show_default=True,
-    help="Standard operators only, beside the activation's own node.",
+    help="With ONNX Runtime's own operators, or standard ones only; the activation's node is in both.",
 )
 @click.option("--name", help="The bundle's name, where one checkpoint is exported.  [default: the checkpoint's]")
 @click.option(
@@ -63,7 +63,8 @@ errors = Console(stderr=True)
 @click.option("--json", "as_json", is_flag=True, help="The manifests as one JSON document on standard output.")
 @click.pass_context
 def export(
-    ctx: click.Context, /, checkpoints: tuple[Path, ...], out: Path, precision: str, flavor: str, name: str | None,
+    ctx: click.Context, /, checkpoints: tuple[Path, ...], out: Path, precision: str, flavor: Literal["ort", "portable"],
+    name: str | None,
     random_weights: bool, activation: str | None, as_json: bool, **shape: Any,
 ) -> None:  # fmt: skip
     """Turn checkpoints into ONNX bundles that run in any onnxruntime.
@@ -107,7 +108,7 @@ def export(
     for label, read in sources:  # one at a time: each may fill the memory
         try:
             with errors.status(f"exporting {label}"):
-                folder, manifest = exporter.export_bundle(read(), out, name)
+                folder, manifest = exporter.export_bundle(read(), out, name, flavor=flavor)
         except ActuaryError as error:
             failures.append(error)
             continue

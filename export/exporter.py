@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from actuary import BadInput
 from export import bundle
 from export.catalogue import describe, write_catalogue
-from export.graph import build
+from export.graph import Flavor, build
 from export.parity import check
 from models import activations
 from models.corpus import Corpus, padded_tokenizer
@@ -141,12 +141,14 @@ def export_bundle(
     out: Path,
     name: str | None = None,
     seed: int | None = None,
+    flavor: Flavor = "ort",
 ) -> tuple[Path, bundle.Manifest]:
     """Writes the bundle OUT/NAME; where it does not compute what torch computes, GateFailed, and nothing is written.
 
     Args:
         name: of the bundle; by default the checkpoint's.
         seed: of the gate's probes; by default a fresh one.
+        flavor: of the graph (export/graph.py).
     """
     seed = secrets.randbelow(2**32) if seed is None else seed
     name = bundle.checked_name(checkpoint.name if name is None else name)
@@ -159,7 +161,7 @@ def export_bundle(
     decoder = from_actuary(checkpoint.model, checkpoint.name)
     info = describe(decoder.activation)
     with new_folder(out / name) as folder:
-        _save_model(build(decoder), folder / bundle.MODEL)
+        _save_model(build(decoder, flavor), folder / bundle.MODEL)
         (folder / bundle.TOKENIZER).write_bytes(checkpoint.tokenizer_json)
         parity = check(decoder, checkpoint.model, str(folder / bundle.MODEL), seed)
         manifest = _manifest(
@@ -169,7 +171,7 @@ def export_bundle(
             kind=decoder.activation.kind,
             head=decoder.head,
             precision="fp32",
-            flavor="portable",
+            flavor=flavor,
             opset=bundle.OPSET,
             vocab_size=decoder.vocab_size,
             context=decoder.context,

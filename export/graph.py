@@ -4,15 +4,17 @@
                         |                  |               |
                       Gather norm(embed)   |               |
                         |                  |               |
-    L times:   x -> RMSNorm -> qkv -> QK-norm, RoPE -> softmax(q k^T + causal) v -> out -> + x
-               x -> RMSNorm -> up -> ai.actuary::ACTIVATION -> down -> + x
+    L times:   x -> norm -> qkv -> QK-norm, RoPE -> softmax(q k^T + causal) v -> out -> + x
+               x -> norm -> up -> ai.actuary::ACTIVATION -> down -> + x
                         |                  |               |
-               (in the last block the row at lengths - 1 alone goes on, from before the FFN)
+               (in the last block the row at lengths - 1 alone asks: q, out and the FFN see one row a prompt)
                         |                                  |
-                     RMSNorm -> embed^T + bias -> logits [B, V] -> softmax, sigmoid, top ids, mass, entropy
+                      norm -> embed^T + bias -> logits [B, V] -> softmax, sigmoid, top ids, mass, entropy
 
-Standard operators of opset 20 only, and one node of our own domain per block whose meaning travels in the
-file as a function (export/ops/onnx_function.py).
+Two flavours. `portable`: standard operators of opset 20, and one node of our own domain per block whose meaning
+travels in the file as a function (export/ops/onnx_function.py). `ort`: the same with ONNX Runtime's own operators,
+attention one GroupQueryAttention (from the split of qkv to before `out`) and each `+ x -> norm` one
+Skip(Simplified)LayerNormalization. What each gains is in docs/log.md.
 """
 
 from __future__ import annotations
@@ -78,59 +80,91 @@ class Graph:
 
 
 Positions = Literal["last", "all"]
+Flavor = Literal["ort", "portable"]
+ORT = "com.microsoft"  # ONNX Runtime's own operators
 
 
-def build(decoder: Decoder, positions: Positions = "last") -> onnx.ModelProto:
+def build(decoder: Decoder, flavor: Flavor = "ort", positions: Positions = "last") -> onnx.ModelProto:
     """The whole model.
 
     Args:
+        flavor: `ort` takes ONNX Runtime's own operators where they are faster; `portable` takes none.
         positions: `last` is the bundle's contract (export/bundle.py); `all` gives logits [B, T, V] of every
             position and nothing else, which is what measuring bits per byte takes.
     """
     g = Graph()
-    shared = _positions(g, decoder)
+    shared = _shared(g, decoder, flavor, positions)
     x = g.node("Gather", g.weight("embed", decoder.weights["embed"]), bundle.INPUT_IDS)  # [B, T, C]
     if decoder.rope is None:
         x = g.node("Add", x, g.node("Slice", g.weight("position", decoder.weights["position"]), g.ints(0), shared.T))
+    delta = ""  # what the next norm adds to x first
     for i in range(decoder.layers):
-        x = _attention(g, decoder, i, x, shared)
+        at, w = f"blocks.{i}.", decoder.block(i)
         last = positions == "last" and i == decoder.layers - 1
+        x, y = _add_norm(g, decoder, flavor, "attention_norm", w, x, delta, at)
         if last:
-            row = g.node("Unsqueeze", g.node("Sub", bundle.LENGTHS, g.ints(1)), g.ints(1))  # [B, 1]
-            x = g.node("GatherND", x, row, batch_dims=1)  # [B, C]
-        x = _feed_forward(g, decoder, i, x, axes=["batch"] if last else ["batch", "time"])
-    x = _norm(g, decoder, "norm", decoder.weights, x)
+            delta = _attention_of_last(g, decoder, i, y, shared)
+            x = g.node("GatherND", x, shared.row, batch_dims=1)  # [B, C]
+        elif _grouped_query(decoder, flavor):
+            delta = _attention_ort(g, decoder, i, y, shared)
+        else:
+            delta = _attention(g, decoder, i, y, shared)
+        x, y = _add_norm(g, decoder, flavor, "ffn_norm", w, x, delta, at)
+        delta = _feed_forward(g, decoder, i, y, axes=["batch"] if last else ["batch", "time"])
+    _, x = _add_norm(g, decoder, flavor, "norm", decoder.weights, x, delta)
     # The head has a transposed table of its own, also where it is the embedding's, so that it can be quantised alone.
     logits = _linear(g, "head", decoder.weights, x, output=bundle.LOGITS)
     if positions == "last":
         _probabilities(g, logits)
-    return _model(g, decoder, positions)
+    return _model(g, decoder, flavor, positions)
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """What all blocks read: the length [1], RoPE's cos and sin [T, D / 2] or "", and the causal bias [T, T]."""
+    """What all blocks read; "" where nothing does."""
 
-    T: str
-    cos: str
+    T: str  # [1]
+    cos: str  # [T, D / 2]; [context, D / 2] where GroupQueryAttention turns
     sin: str
-    bias: str
+    bias: str  # [T, T]: 0 up to each position, -inf after it
+    row: str  # [B, 1]: lengths - 1
+    padding: str  # [B, 1, 1, T]: 0 up to each prompt's last token, -inf after it
+    ends: str  # int32 [B]: T - 1
+    total: str  # int32: T
 
 
-def _positions(g: Graph, decoder: Decoder) -> _Shared:
+def _grouped_query(decoder: Decoder, flavor: Flavor) -> bool:
+    """Whether attention is one GroupQueryAttention node: it takes heads of a multiple of 16 channels alone."""
+    return flavor == "ort" and decoder.head_dim % 16 == 0
+
+
+def _shared(g: Graph, decoder: Decoder, flavor: Flavor, positions: Positions) -> _Shared:
+    one_node = _grouped_query(decoder, flavor)
     T = g.node("Shape", bundle.INPUT_IDS, start=1, end=2)  # [1]
-    cos, sin = (
-        (
-            g.node("Slice", g.weight(name, table), g.ints(0), T, g.ints(0))
-            for name, table in zip(("rope.cos", "rope.sin"), decoder.rope, strict=True)
-        )
-        if decoder.rope
-        else ("", "")
-    )
+    blocks = decoder.layers - (positions == "last")  # those that attend from every position
+    cos = sin = bias = row = padding = ends = total = ""
+    if decoder.rope:
+        cos, sin = (g.weight(name, t) for name, t in zip(("rope.cos", "rope.sin"), decoder.rope, strict=True))
+        if not one_node:
+            cos, sin = (g.node("Slice", table, g.ints(0), T, g.ints(0)) for table in (cos, sin))
     zero, one = (g.weight(f"int_{value}", np.array(value, dtype=np.int64)) for value in (0, 1))
-    order = g.node("Range", zero, g.node("Squeeze", T), one)
-    later = g.node("Greater", g.node("Unsqueeze", order, g.ints(0)), g.node("Unsqueeze", order, g.ints(1)))
-    return _Shared(T, cos, sin, g.node("Where", later, g.scalar(-math.inf), g.scalar(0.0)))
+
+    def minus_infinity(where: str) -> str:
+        return g.node("Where", where, g.scalar(-math.inf), g.scalar(0.0))
+
+    if positions == "last" or (blocks and not one_node):
+        order = g.node("Range", zero, g.node("Squeeze", T), one)
+    if blocks and not one_node:
+        later = g.node("Greater", g.node("Unsqueeze", order, g.ints(0)), g.node("Unsqueeze", order, g.ints(1)))
+        bias = minus_infinity(later)
+    if positions == "last":
+        row = g.node("Unsqueeze", g.node("Sub", bundle.LENGTHS, one), g.ints(1))
+        padding = minus_infinity(g.node("Greater", order, g.node("Unsqueeze", row, g.ints(1, 2))))
+    if blocks and one_node:
+        total = g.node("Cast", g.node("Squeeze", T), to=TensorProto.INT32)
+        B = g.node("Shape", bundle.INPUT_IDS, start=0, end=1)
+        ends = g.node("Expand", g.node("Sub", total, g.weight("int32_1", np.array(1, dtype=np.int32))), B)
+    return _Shared(T, cos, sin, bias, row, padding, ends, total)
 
 
 def _norm(g: Graph, decoder: Decoder, name: str, weights: Weights, x: str, at: str = "") -> str:
@@ -140,6 +174,23 @@ def _norm(g: Graph, decoder: Decoder, name: str, weights: Weights, x: str, at: s
         return g.rms_norm(x, gain, decoder.norm_eps)
     bias = g.weight(f"{at}{name}.bias", weights[f"{name}.bias"])
     return g.node("LayerNormalization", x, gain, bias, axis=-1, epsilon=decoder.norm_eps)
+
+
+def _add_norm(
+    g: Graph, decoder: Decoder, flavor: Flavor, name: str, weights: Weights, x: str, delta: str, at: str = ""
+) -> tuple[str, str]:
+    """(x + delta, its norm); x itself where delta is ""."""
+    if not delta:
+        return x, _norm(g, decoder, name, weights, x, at)
+    if flavor == "portable":
+        x = g.node("Add", x, delta)
+        return x, _norm(g, decoder, name, weights, x, at)
+    kinds = ["weight"] if decoder.norm == "rms" else ["weight", "bias"]
+    scales = [g.weight(f"{at}{name}.{kind}", weights[f"{name}.{kind}"]) for kind in kinds]
+    operator = "SkipSimplifiedLayerNormalization" if decoder.norm == "rms" else "SkipLayerNormalization"
+    outputs = [f"{at}{name}", "", "", f"{at}{name}.sum"]
+    g.split(operator, x, delta, *scales, outputs=outputs, domain=ORT, epsilon=decoder.norm_eps)
+    return outputs[3], outputs[0]
 
 
 def _linear(g: Graph, name: str, weights: Weights, x: str, at: str = "", output: str = "") -> str:
@@ -154,43 +205,54 @@ def _linear(g: Graph, name: str, weights: Weights, x: str, at: str = "", output:
     return product if bias is None else g.node("Add", product, g.weight(f"{at}{name}.bias", bias), output=output)
 
 
+def _scaled(decoder: Decoder, i: int) -> dict[str, NDArray[np.float32]]:
+    """Block i's weights with the scores' scale on q: on its gain where it is normed, else on the rows that make it."""
+    w, scale = dict(decoder.block(i)), np.float32(decoder.score_scales[i])
+    if "q_norm.weight" in w:
+        w["q_norm.weight"] = w["q_norm.weight"] * scale
+        return w
+    rows = np.ones((w["qkv.weight"].shape[0], 1), dtype=np.float32)
+    rows[: decoder.heads * decoder.head_dim] = scale
+    w["qkv.weight"] = w["qkv.weight"] * rows
+    if "qkv.bias" in w:
+        w["qkv.bias"] = w["qkv.bias"] * rows[:, 0]
+    return w
+
+
+def _head_norm(g: Graph, decoder: Decoder, which: str, w: Weights, y: str, at: str) -> str:
+    """QK-norm of y [..., D], where there is one."""
+    if f"{which}_norm.weight" not in w:
+        return y
+    return g.rms_norm(y, g.weight(f"{at}{which}_norm.weight", w[f"{which}_norm.weight"]), decoder.norm_eps)
+
+
+def _turn(g: Graph, y: str, cos: str, sin: str, name: str) -> str:
+    """RoPE: channel i of y [..., D] with channel i + D / 2, by cos and sin that broadcast to [..., D / 2]."""
+    a, b = g.split("Split", y, outputs=[f"{name}.first", f"{name}.second"], axis=-1, num_outputs=2)
+    first = g.node("Sub", g.node("Mul", a, cos), g.node("Mul", b, sin))
+    second = g.node("Add", g.node("Mul", b, cos), g.node("Mul", a, sin))
+    return g.node("Concat", first, second, axis=-1)
+
+
 def _attention(g: Graph, decoder: Decoder, i: int, x: str, shared: _Shared) -> str:
-    """x + out(attention(norm(x))): [B, T, C] -> [B, T, C].
+    """out(attention(x)) of every position, in standard operators: [B, T, C] -> [B, T, C].
 
     Query heads stand in groups [B, kv_heads, group, T, D], so that each group's one key and value head is
     broadcast and never copied; where every query head has its own, the group's axis is left out.
     """
-    at, w = f"blocks.{i}.", decoder.block(i)
+    at, w = f"blocks.{i}.", _scaled(decoder, i)
     heads, kv_heads, D = decoder.heads, decoder.kv_heads, decoder.head_dim
     group = heads // kv_heads
     grouped = [kv_heads] if group == 1 else [kv_heads, group]
-    scale = np.float32(decoder.score_scales[i])
-    # The scores' scale rides on q: on its gain where it is normed, else on the rows that make it.
-    if "q_norm.weight" in w:
-        w = {**w, "q_norm.weight": w["q_norm.weight"] * scale}
-    else:
-        rows = np.ones(((heads + 2 * kv_heads) * D, 1), dtype=np.float32)
-        rows[: heads * D] = scale
-        w = {**w, "qkv.weight": w["qkv.weight"] * rows}
-        if "qkv.bias" in w:
-            w["qkv.bias"] = w["qkv.bias"] * rows[:, 0]
-    qkv = _linear(g, "qkv", w, _norm(g, decoder, "attention_norm", w, x, at), at)
     widths = g.ints(heads * D, kv_heads * D, kv_heads * D)
-    q, k, v = g.split("Split", qkv, widths, outputs=[at + "q", at + "k", at + "v"], axis=-1)
+    q, k, v = g.split("Split", _linear(g, "qkv", w, x, at), widths, outputs=[at + "q", at + "k", at + "v"], axis=-1)
 
     def turned(y: str, which: str, shape: list[int]) -> str:
         """QK-norm and RoPE, where there are: [B, T, n D] -> [B, *shape, T, D]."""
-        y = g.node("Reshape", y, g.ints(0, 0, *shape, D))
-        if f"{which}_norm.weight" in w:
-            y = g.rms_norm(y, g.weight(f"{at}{which}_norm.weight", w[f"{which}_norm.weight"]), decoder.norm_eps)
+        y = _head_norm(g, decoder, which, w, g.node("Reshape", y, g.ints(0, 0, *shape, D)), at)
         n = len(shape)
         y = g.node("Transpose", y, perm=[0, *range(2, 2 + n), 1, 2 + n])
-        if decoder.rope is None:
-            return y
-        a, b = g.split("Split", y, outputs=[f"{at}{which}.first", f"{at}{which}.second"], axis=-1, num_outputs=2)
-        first = g.node("Sub", g.node("Mul", a, shared.cos), g.node("Mul", b, shared.sin))
-        second = g.node("Add", g.node("Mul", b, shared.cos), g.node("Mul", a, shared.sin))
-        return g.node("Concat", first, second, axis=-1)
+        return _turn(g, y, shared.cos, shared.sin, at + which) if decoder.rope else y
 
     alone = [kv_heads] if group == 1 else [kv_heads, 1]
     last = len(alone) + 2
@@ -202,18 +264,70 @@ def _attention(g: Graph, decoder: Decoder, i: int, x: str, shared: _Shared) -> s
     y = g.node("MatMul", g.node("Softmax", scores, axis=-1), v)
     y = g.node("Transpose", y, perm=[0, last - 1, *range(1, last - 1), last])
     y = g.node("Reshape", y, g.ints(0, 0, heads * D))
-    return g.node("Add", x, _linear(g, "out", w, y, at))
+    return _linear(g, "out", w, y, at)
+
+
+def _attention_ort(g: Graph, decoder: Decoder, i: int, x: str, shared: _Shared) -> str:
+    """out(attention(x)) of every position, by GroupQueryAttention: [B, T, C] -> [B, T, C]."""
+    at, w = f"blocks.{i}.", decoder.block(i)
+    heads, kv_heads, D = decoder.heads, decoder.kv_heads, decoder.head_dim
+    q, k, v = _linear(g, "qkv", w, x, at), "", ""
+    if "q_norm.weight" in w:
+        widths = g.ints(heads * D, kv_heads * D, kv_heads * D)
+        q, k, v = g.split("Split", q, widths, outputs=[at + "q", at + "k", at + "v"], axis=-1)
+
+        def normed(y: str, which: str, n: int) -> str:
+            y = g.node("Reshape", y, g.ints(0, 0, n, D))
+            return g.node("Reshape", _head_norm(g, decoder, which, w, y, at), g.ints(0, 0, n * D))
+
+        q, k = normed(q, "q", heads), normed(k, "k", kv_heads)
+    y, *_ = g.split(
+        "GroupQueryAttention", q, k, v, "", "", shared.ends, shared.total, shared.cos, shared.sin,
+        outputs=[at + "attended", at + "keys", at + "values"], domain=ORT,
+        num_heads=heads, kv_num_heads=kv_heads, do_rotary=int(decoder.rope is not None),
+        scale=decoder.score_scales[i],
+    )  # fmt: skip
+    return _linear(g, "out", w, y, at)
+
+
+def _attention_of_last(g: Graph, decoder: Decoder, i: int, x: str, shared: _Shared) -> str:
+    """out(attention(x)) at each prompt's last token alone: [B, T, C] -> [B, C].
+
+    In the last block nothing reads the other positions' answers, so only keys and values are made for them.
+    """
+    at, w = f"blocks.{i}.", _scaled(decoder, i)
+    heads, kv_heads, D = decoder.heads, decoder.kv_heads, decoder.head_dim
+    for kind in ("weight", "bias"):
+        if f"qkv.{kind}" in w:
+            w[f"q.{kind}"], w[f"kv.{kind}"] = np.split(w.pop(f"qkv.{kind}"), [heads * D])
+    q = _linear(g, "q", w, g.node("GatherND", x, shared.row, batch_dims=1), at)
+    q = _head_norm(g, decoder, "q", w, g.node("Reshape", q, g.ints(0, kv_heads, heads // kv_heads, D)), at)
+    widths = g.ints(kv_heads * D, kv_heads * D)
+    k, v = g.split("Split", _linear(g, "kv", w, x, at), widths, outputs=[at + "k", at + "v"], axis=-1)
+    k = _head_norm(g, decoder, "k", w, g.node("Reshape", k, g.ints(0, 0, kv_heads, D)), at)
+    k = g.node("Transpose", k, perm=[0, 2, 1, 3])  # [B, kv_heads, T, D]
+    if decoder.rope:
+        rows = g.node("Unsqueeze", shared.row, g.ints(1))  # [B, 1, 1]
+        cos, sin = (g.node("Gather", name, rows) for name in ("rope.cos", "rope.sin"))  # [B, 1, 1, D / 2]
+        q = _turn(g, q, cos, sin, at + "q")
+        cos, sin = (g.node("Slice", name, g.ints(0), shared.T, g.ints(0)) for name in ("rope.cos", "rope.sin"))
+        k = _turn(g, k, cos, sin, at + "k")
+    v = g.node("Transpose", g.node("Reshape", v, g.ints(0, 0, kv_heads, D)), perm=[0, 2, 1, 3])
+    scores = g.node("MatMul", q, g.node("Transpose", k, perm=[0, 1, 3, 2]))  # [B, kv_heads, group, T]
+    weights = g.node("Softmax", g.node("Add", scores, shared.padding), axis=-1)
+    y = g.node("Reshape", g.node("MatMul", weights, v), g.ints(0, heads * D))
+    return _linear(g, "out", w, y, at)
 
 
 def _feed_forward(g: Graph, decoder: Decoder, i: int, x: str, axes: list[str]) -> str:
-    """x + down(activation(up(norm(x)))): [..., C] -> [..., C]."""
+    """down(activation(up(x))): [..., C] -> [..., C]."""
     at, w, activation = f"blocks.{i}.", decoder.block(i), decoder.activation
-    up = _linear(g, "up", w, _norm(g, decoder, "ffn_norm", w, x, at), at)
+    up = _linear(g, "up", w, x, at)
     learned = [g.weight(f"{at}learned.{name}", w[f"learned.{name}"]) for name in activation.learned]
     hidden = g.node(activation.name, up, *learned, domain=bundle.DOMAIN, output=at + "hidden")
     # Without its shape, the product that follows would not become a Gemm.
     g.value_info.append(helper.make_tensor_value_info(hidden, TensorProto.FLOAT, [*axes, decoder.hidden]))
-    return g.node("Add", x, _linear(g, "down", w, hidden, at))
+    return _linear(g, "down", w, hidden, at)
 
 
 def _probabilities(g: Graph, logits: str) -> None:
@@ -241,7 +355,7 @@ def _probabilities(g: Graph, logits: str) -> None:
     g.node("Concat", *entropies, axis=-1, output=bundle.ENTROPY_BITS)
 
 
-def _model(g: Graph, decoder: Decoder, positions: Positions) -> onnx.ModelProto:
+def _model(g: Graph, decoder: Decoder, flavor: Flavor, positions: Positions) -> onnx.ModelProto:
     V, ids, floats = decoder.vocab_size, TensorProto.INT64, TensorProto.FLOAT
     inputs = [helper.make_tensor_value_info(bundle.INPUT_IDS, ids, ["batch", "time"])]
     if positions == "all":
@@ -261,7 +375,10 @@ def _model(g: Graph, decoder: Decoder, positions: Positions) -> onnx.ModelProto:
     return helper.make_model(
         graph,
         functions=[onnx_function(activation.name, trace(activation))],
-        opset_imports=[helper.make_opsetid("", bundle.OPSET), helper.make_opsetid(bundle.DOMAIN, 1)],
+        opset_imports=[
+            helper.make_opsetid(domain, version)
+            for domain, version in {"": bundle.OPSET, bundle.DOMAIN: 1, **({ORT: 1} if flavor == "ort" else {})}.items()
+        ],
         ir_version=IR_VERSION,
         producer_name="actuary",
     )

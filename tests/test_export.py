@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from actuary import BadInput, GateFailed
 from export import bundle, exporter, parity
 from export.exporter import export_bundle, find_checkpoints, read_checkpoint
-from export.graph import build
+from export.graph import Flavor, build
 from export.parity import check_model, model_bound
 from models import activations
 from models.decoder import Decoder, from_actuary
@@ -51,8 +51,8 @@ def changed(decoder: Decoder, weights: dict[str, np.ndarray]) -> Decoder:
     return dataclasses.replace(decoder, weights={**decoder.weights, **weights})
 
 
-def open_built(decoder: Decoder) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(build(decoder).SerializeToString(), providers=["CPUExecutionProvider"])
+def open_built(decoder: Decoder, flavor: Flavor = "ort") -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(build(decoder, flavor).SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def run(session, prompts: list[list[int]], width: int | None = None, top_k: int = 5) -> dict[str, np.ndarray]:
@@ -73,7 +73,11 @@ def test_manifest_says_what_the_file_is(bundles: Path):
     assert set(manifest["parity"]) >= {"max_abs", "max_rel", "bound"}
     assert set(manifest["files"]) == {"model.onnx", "tokenizer.json"}
     model = onnx.load(bundles / "swiglu" / "model.onnx")
-    assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 20), (bundle.DOMAIN, 1)}
+    assert {(entry.domain, entry.version) for entry in model.opset_import} == {
+        ("", 20),
+        (bundle.DOMAIN, 1),
+        ("com.microsoft", 1),
+    }
     shapes = {
         i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim]
         for i in (*model.graph.input, *model.graph.output)
@@ -199,7 +203,7 @@ def test_a_model_that_fails_the_gate_is_not_written_and_the_old_bundle_stays(tin
     monkeypatch.setattr(
         exporter,
         "build",
-        lambda decoder: build(changed(decoder, {"head.bias": decoder.weights["head.bias"] + 1})),
+        lambda decoder, *how: build(changed(decoder, {"head.bias": decoder.weights["head.bias"] + 1}), *how),
     )
     with pytest.raises(GateFailed):
         export_bundle(tiny_checkpoint("gelu"), tmp_path)
