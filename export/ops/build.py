@@ -1,0 +1,292 @@
+"""Builds the fused-operator library from the registry: `actuary ops build`.
+
+    registry --trace.py, cpp_functor.py--> functors.h -.
+                                  native/*.cpp, *.cu --'--compiler--> libactuary_ops.so, library.json
+
+The compiler is called directly, some files at a time: six of them need no build system, and so one C++ compiler is
+all that a machine must have. nvcc, where it is, adds the CUDA half to the same library. What is built is remembered by
+a hash of everything that goes in, so that a second call only looks.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import datetime
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from actuary import ActuaryError, BadInput, cores
+from export.bundle import DOMAIN
+from export.ops import library
+from export.ops.cpp_functor import cost_ns, cpp_functor
+from export.ops.library import BINARY, OPS_VERSION, ORT_API, RECORD, Library
+from export.ops.trace import Expression, trace
+from models.activations import registry
+from models.files import check_writable, new_folder
+
+NATIVE = Path(__file__).parent / "native"
+MAX_LEARNED = 8  # kMaxLearned of native/activation.h
+
+# No -ffast-math: NaN and infinity must come out as torch gives them. Errno and traps are what keeps GCC from vector
+# code, and nobody reads either; contraction to fused multiply-add rounds less often, never more.
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden")
+VECTOR_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-ffp-contract=fast")
+# x86-64's levels of instructions: name in C++ -> (what people call it, flags, how to ask the processor). By themselves
+# compilers keep to half of AVX-512's width: SwiGLU takes 0.44 ns an element so, and 0.37 at the full width.
+ISAS = {
+    "v4": (
+        "x86-64-v4",
+        ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+        ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "fma", "bmi2"),
+    ),
+    "v3": ("x86-64-v3", ("-march=x86-64-v3",), ("avx2", "fma", "bmi2")),
+}
+LIBMVEC_PROBE = """
+extern "C" __attribute__((simd("notinbranch"))) float expf(float) noexcept;
+extern "C" __attribute__((simd("notinbranch"))) float erff(float) noexcept;
+void f(float* x, int n) { for (int i = 0; i < n; ++i) x[i] = expf(erff(x[i])); }
+"""
+# Each runs on the later ones of its generation; for all others the driver compiles the oldest one's PTX.
+CUDA_ARCHS = ("80", "89", "90", "120")
+
+# One block of elements for a thread should outweigh waking it: about 10 us.
+BLOCK_NS = 10_000
+BLOCK_ELEMENTS = (16_384, 65_536)
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """The programs that build; nvcc is None where the CUDA half is not wanted or not there."""
+
+    compiler: str
+    compiler_version: str
+    nvcc: str | None
+    nvcc_version: str
+
+
+def elementwise() -> dict[str, Expression]:
+    """Every activation that can be fused, in the registry's order; BadInput where one has too many learned scalars."""
+    expressions = {name: trace(record) for name, record in registry().items()}
+    for name, expression in expressions.items():
+        if len(expression.learned) > MAX_LEARNED:
+            raise BadInput(f"activation {name!r} has {len(expression.learned)} learned scalars; at most {MAX_LEARNED}")
+    return {name: expression for name, expression in expressions.items() if expression.elementwise}
+
+
+def generated(expressions: Mapping[str, Expression], isas: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """The printed sources, by file name.
+
+    Args:
+        isas: name in C++ -> (what people call it, a C++ condition on the processor), best first.
+    """
+    note = "// Printed by export/ops/build.py from the registry; change the record, not this.\n"
+    every = "#define ACTUARY_EVERY(X) " + " ".join(f"X({name})" for name in expressions) + "\n"
+    rows = [
+        f'{{"{name}", "biased_{name}", {len(e.tensors)}, {len(e.learned)}, {block(e)}}},\n'
+        for name, e in expressions.items()
+    ]
+    choices = " ".join(f'X({name}, "{called}", {runs})' for name, (called, runs) in isas.items())
+    return {
+        "functors.h": note + "\n".join(cpp_functor(name, e) for name, e in expressions.items()) + every,
+        "functors.cuh": note + "\n".join(cpp_functor(name, e, cuda=True) for name, e in expressions.items()) + every,
+        "activations.inc": note + "".join(rows),
+        "isas.h": note + f"#define ACTUARY_ISAS(X) {choices}\n",
+    }
+
+
+def block(expression: Expression) -> int:
+    """How many elements of this activation are worth another thread."""
+    low, high = BLOCK_ELEMENTS
+    return min(max(int(BLOCK_NS / cost_ns(expression)) // 1024 * 1024, low), high)
+
+
+def build(out: Path, cuda: bool | None = None, say: Callable[[str], None] = lambda line: None) -> tuple[Library, bool]:
+    """Builds the library into the folder `out`, unless what stands there was made of the same: (it, built anew).
+
+    Args:
+        cuda: with the CUDA half; by default where nvcc and a GPU's driver are there.
+        say: told what is being done, a line at a time.
+    Raises: BadInput where a compiler is missing or `out` cannot be written, ActuaryError where compiling fails.
+    """
+    if sys.platform != "linux":
+        raise BadInput(f"fused operators are built on Linux, not on {sys.platform}; without them all runs unfused")
+    tools = _toolchain(cuda)
+    expressions = elementwise()
+    inputs = _hash_of_inputs(tools, expressions)
+    try:
+        present = library.find(out)
+    except BadInput:
+        present = None  # damaged or foreign: built anew
+    if present and present.inputs == inputs:
+        return present, False
+    check_writable(out.parent)
+    strangers = [path.name for path in out.iterdir() if path.name not in (BINARY, RECORD)] if out.is_dir() else []
+    if strangers:
+        raise BadInput(
+            f"{out} holds {strangers[0]!r}, which is none of ours, and would be replaced; name another --out"
+        )
+    with tempfile.TemporaryDirectory(prefix="actuary-ops-") as scratch, new_folder(out) as folder:
+        made = _compile(Path(scratch), folder / BINARY, tools, expressions, inputs, say)
+        (folder / RECORD).write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        _try_out(made)
+    found = library.find(out)
+    assert found, f"{out} was just written"
+    return found, True
+
+
+def _toolchain(cuda: bool | None) -> Toolchain:
+    compiler = _program("CXX", "c++", "g++", "clang++")
+    if not compiler:
+        raise BadInput(
+            "fused operators need a C++ compiler, and none of c++, g++, clang++ is there; install one (Debian, Ubuntu: "
+            "apt install g++; Fedora: dnf install gcc-c++) or name it in CXX. Without them all runs unfused"
+        )
+    nvcc = _program("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc") if cuda is not False else None
+    if cuda and not nvcc:
+        raise BadInput("--cuda needs nvcc, which is not there; install NVIDIA's CUDA toolkit or name nvcc in NVCC")
+    if cuda is None and not Path("/proc/driver/nvidia/version").exists():
+        nvcc = None  # nothing to run it on, and it takes a minute
+    return Toolchain(compiler, _version(compiler), nvcc, _version(nvcc) if nvcc else "")
+
+
+def _program(variable: str, *names: str) -> str | None:
+    asked = os.environ.get(variable)
+    found = (shutil.which(name) for name in ([asked] if asked else names))
+    return next((path for path in found if path), None)
+
+
+def _version(program: str) -> str:
+    lines = _run([program, "--version"]).stdout.splitlines()
+    return next((line for line in lines if "release" in line), lines[0] if lines else "unknown").strip()
+
+
+def _hash_of_inputs(tools: Toolchain, expressions: Mapping[str, Expression]) -> str:
+    parts = [repr(tools), repr((FLAGS, VECTOR_FLAGS, ISAS, CUDA_ARCHS, OPS_VERSION, ORT_API)), platform.machine()]
+    parts += [repr(platform.libc_ver()), Path(__file__).read_text(encoding="utf-8")]
+    parts += [f"{name} {registry()[name].digest}" for name in expressions]
+    parts += generated(expressions, {}).values()
+    parts += [path.name + path.read_text(encoding="utf-8") for path in sorted(NATIVE.iterdir())]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _compile(
+    scratch: Path,
+    binary: Path,
+    tools: Toolchain,
+    expressions: Mapping[str, Expression],
+    inputs: str,
+    say: Callable[[str], None],
+) -> Library:
+    """Compiles and links into `binary`; objects and printed sources go to `scratch`."""
+    say(f"asking {tools.compiler_version} what it can")
+    libmvec = _accepts(tools, scratch, LIBMVEC_PROBE, [*VECTOR_FLAGS, "-O3", "-fno-math-errno", "-lmvec", "-lm"])
+    base = platform.machine().replace("x86_64", "x86-64")
+    levels = {
+        name: (called, flags, " && ".join(f'__builtin_cpu_supports("{feature}")' for feature in features))
+        for name, (called, flags, features) in ISAS.items()
+        if platform.machine() == "x86_64" and _accepts(tools, scratch, "int x;", [*flags])
+    } | {"base": (base, (), "true")}
+    sources = generated(expressions, {name: (called, runs) for name, (called, _, runs) in levels.items()})
+    for name, text in sources.items():
+        (scratch / name).write_text(text, encoding="utf-8")
+
+    defines = [
+        f"-DACTUARY_ORT_API={ORT_API}",
+        f"-DACTUARY_OPS_VERSION={OPS_VERSION}",
+        f'-DACTUARY_INPUTS="{inputs}"',
+        f'-DACTUARY_DOMAIN="{DOMAIN}"',
+        *(["-DACTUARY_CUDA"] if tools.nvcc else []),
+    ]
+    plain = [tools.compiler, *FLAGS, f"-I{scratch}", f"-I{NATIVE}", *defines]
+    vector = [*plain, *VECTOR_FLAGS, *(["-DACTUARY_LIBMVEC"] if libmvec else [])]
+    jobs = {
+        f"vector-{name}": [*vector, *flags, f"-DACTUARY_ISA={name}", "-c", str(NATIVE / "vector.cpp")]
+        for name, (_, flags, _) in levels.items()
+    } | {name: [*plain, "-c", str(NATIVE / f"{name}.cpp")] for name in ("op", "check", "cpu")}
+    archs = _cuda_archs(tools.nvcc) if tools.nvcc else []
+    if tools.nvcc:
+        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        targets += [f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}", "--threads", str(cores())]
+        host = ["-std=c++17", "-O3", "-ccbin", tools.compiler, "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        cuda = [tools.nvcc, *host, *targets, f"-I{scratch}", f"-I{NATIVE}", *defines, "-c", str(NATIVE / "cuda.cu")]
+        jobs = {"cuda": cuda} | jobs  # first: it takes longest
+    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
+        running = {pool.submit(_checked, [*job, "-o", str(scratch / f"{name}.o")]): name for name, job in jobs.items()}
+        for done, future in enumerate(concurrent.futures.as_completed(running), 1):
+            future.result()
+            say(f"compiled {running[future]} ({done} of {len(running)})")
+    objects = [str(scratch / f"{name}.o") for name in jobs]
+    if tools.nvcc:
+        link = [tools.nvcc, "-shared", "-cudart", "static", "-ccbin", tools.compiler, "-Xlinker", "--no-undefined"]
+    else:
+        link = [tools.compiler, "-shared", "-Wl,--no-undefined"]
+    _checked([*link, "-o", str(binary), *objects, *(["-lmvec"] if libmvec else []), "-lm"])
+    return Library(
+        path=binary,
+        ops_version=OPS_VERSION,
+        ort_api=ORT_API,
+        system=sys.platform,
+        machine=platform.machine(),
+        activations={name: registry()[name].digest for name in expressions},
+        isas=[called for called, _, _ in levels.values()],
+        vector_math="libmvec" if libmvec else "none: one element at a time",
+        cuda=archs,
+        compiler=tools.compiler_version,
+        nvcc=tools.nvcc_version,
+        inputs=inputs,
+        sha256=hashlib.sha256(binary.read_bytes()).hexdigest(),
+        built=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
+    )
+
+
+def _cuda_archs(nvcc: str) -> list[str]:
+    """Those of ours that this nvcc knows: sm_120 came with CUDA 12.8."""
+    known = _run([nvcc, "--list-gpu-code"]).stdout.split()
+    archs = [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known]
+    if not archs:
+        raise BadInput(f"{nvcc} knows none of sm_{', sm_'.join(CUDA_ARCHS)}; install CUDA 12 or newer, or --no-cuda")
+    return archs
+
+
+def _accepts(tools: Toolchain, scratch: Path, code: str, flags: list[str]) -> bool:
+    """Whether the compiler makes a shared library of `code` with these flags."""
+    probe = scratch / "probe.cpp"
+    probe.write_text(code, encoding="utf-8")
+    before = [flag for flag in flags if not flag.startswith("-l")]
+    after = [flag for flag in flags if flag.startswith("-l")]
+    command = [tools.compiler, *before, "-shared", "-fPIC", str(probe), "-o", f"{probe}.so", *after]
+    return _run([*command, "-Wl,--no-undefined"]).returncode == 0
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _checked(command: list[str]) -> None:
+    done = _run(command)
+    if done.returncode:
+        said = "\n".join((done.stderr or done.stdout).splitlines()[:20])
+        raise ActuaryError(
+            f"{command[0]} failed with exit code {done.returncode}:\n{said}\nThe command: {' '.join(command)}"
+        )
+
+
+def _try_out(made: Library) -> None:
+    """ActuaryError where the new library does not load, is not what was just built, or ONNX Runtime refuses it."""
+    import onnxruntime
+
+    try:
+        said = library.loaded_inputs(made)
+        library.register(onnxruntime.SessionOptions(), made)
+    except (OSError, BadInput) as error:
+        raise ActuaryError(f"the library was built but does not load: {error}") from error
+    if said != made.inputs:
+        raise ActuaryError(f"the library that loads was made of {said[:12]}, not of {made.inputs[:12]}; report this")
