@@ -104,6 +104,7 @@ class Manifest(_Record):
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
+    family: str = "actuary_gpt"  # or transformers' model_type
     activation: str
     formula: str
     kind: Kind
@@ -118,7 +119,7 @@ class Manifest(_Record):
     heads: Annotated[int, Field(gt=0)]
     hidden: Annotated[int, Field(gt=0)]
     parameters: Annotated[int, Field(gt=0)]
-    quality: Quality | None = None  # None: random weights
+    quality: Quality | None = None  # None: not measured, as of random weights
     parity: Parity
     activation_info: ActivationInfo
     files: dict[str, Sha256]

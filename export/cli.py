@@ -40,6 +40,7 @@ errors = Console(stderr=True)
     show_default=True,
     help="With ONNX Runtime's own operators, or standard ones only; the activation's node is in both.",
 )
+@click.option("--from", "source", metavar="DIR", help="A checkpoint of transformers: a folder, or a name on the hub.")
 @click.option("--name", help="The bundle's name, where one checkpoint is exported.  [default: the checkpoint's]")
 @click.option(
     "--random", "random_weights", is_flag=True, help="No checkpoint: random weights of the shape that follows."
@@ -51,7 +52,13 @@ errors = Console(stderr=True)
 @click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="With --random.")
 @click.option("--dim", type=click.IntRange(2), default=128, show_default=True, help="With --random.")
 @click.option("--heads", type=click.IntRange(1), help="With --random.  [default: about one per 64 channels]")
-@click.option("--context", type=click.IntRange(1), default=128, show_default=True, help="With --random.")
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="With --random; with --from, where it shall be shorter than the checkpoint's.",
+)
 @click.option("--vocab", type=click.IntRange(1), default=2048, show_default=True, help="With --random.")
 @click.option(
     "--gated-width",
@@ -64,30 +71,35 @@ errors = Console(stderr=True)
 @click.pass_context
 def export(
     ctx: click.Context, /, checkpoints: tuple[Path, ...], out: Path, precision: str, flavor: Literal["ort", "portable"],
-    name: str | None,
-    random_weights: bool, activation: str | None, as_json: bool, **shape: Any,
+    source: str | None, name: str | None, random_weights: bool, activation: str | None, as_json: bool, **shape: Any,
 ) -> None:  # fmt: skip
     """Turn checkpoints into ONNX bundles that run in any onnxruntime.
 
-    CHECKPOINTS are folders that `actuary train` wrote, or folders of them. Each passes the parity gate against
+    CHECKPOINTS are folders that `actuary train` wrote, or folders of them; --from reads a model of transformers'
+    (GPT-2, Llama, Mistral, Qwen2, Qwen3; safetensors) instead. Each passes the parity gate against
     torch or is not written; a bundle that stood there stays until the new one is whole.
 
     \b
     Examples:
       actuary export artifacts/checkpoints
       actuary export artifacts/checkpoints/gelu --out /tmp/bundles --name gelu-mine
+      actuary export --from ~/models/Qwen2-0.5B --context 1024
       actuary export --random --activation swiglu --layers 12 --dim 768 --heads 12 --context 1024 --vocab 50257
     """
-    if bool(checkpoints) == random_weights:
+    if sum((bool(checkpoints), random_weights, source is not None)) != 1:
         raise BadInput(
-            "name the checkpoints to export, or give --random with a shape, not both; see actuary export --help"
+            "name the checkpoints to export, or give --from with one of transformers', or --random with a shape: one "
+            "of the three; see actuary export --help"
         )
     if random_weights and not activation:
         raise BadInput("--random needs --activation; known ones: actuary list")
     given = [
         key for key in ("activation", *shape) if ctx.get_parameter_source(key) is click.core.ParameterSource.COMMANDLINE
     ]
-    if checkpoints and given:
+    context = shape["context"] if source is not None and "context" in given else None
+    if context is not None:
+        given.remove("context")
+    if given and not random_weights:
         raise BadInput(f"--{given[0].replace('_', '-')} goes with --random; a checkpoint brings its own")
     with errors.status("loading torch"):
         from export import exporter
@@ -98,6 +110,8 @@ def export(
         config = ActuaryConfig(activation=activation or "", vocab_size=shape.pop("vocab"), **shape)
         named = name or f"{config.name}-random"
         sources = [(named, functools.partial(_random, named, config))]
+    elif source is not None:
+        sources = [(source, functools.partial(exporter.read_foreign, source, context))]
     else:
         folders = exporter.find_checkpoints(list(checkpoints))
         if name and len(folders) > 1:
@@ -154,10 +168,11 @@ def inspect(folder: Path, as_json: bool) -> None:
     quality = (
         f"{manifest.quality.bits_per_byte:.3f} bits per byte held out, ECE {manifest.quality.ece:.3f}"
         if manifest.quality
-        else "random weights"
+        else "not measured"
     )
     rows = {
         "name": manifest.name,
+        "family": manifest.family,
         "activation": f"{manifest.activation}: {manifest.formula} ({manifest.kind})",
         "paper": manifest.activation_info.paper,
         "head": manifest.head,

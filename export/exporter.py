@@ -20,7 +20,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from actuary import BadInput
@@ -29,8 +29,9 @@ from export.catalogue import describe, write_catalogue
 from export.graph import Flavor, build
 from export.parity import check
 from models import activations
+from models.checkpoints import check_finite, read_pretrained
 from models.corpus import Corpus, padded_tokenizer
-from models.decoder import from_actuary
+from models.decoder import Decoder, decoder_of
 from models.files import new_folder
 from models.gpt import ActuaryConfig, ActuaryGPT
 from models.train import finished
@@ -41,12 +42,17 @@ EXTERNAL_DATA_FROM_BYTES = 1_800_000_000
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained variant as read from disk."""
+    """A model as read from disk, ours or one of transformers' families; `decoder` is what export makes of it."""
 
     name: str
-    model: ActuaryGPT
+    model: PreTrainedModel
     tokenizer_json: bytes
     quality: bundle.Quality | None
+    context: int | None = None  # where it shall be shorter than the model's own
+
+    @property
+    def decoder(self) -> Decoder:
+        return decoder_of(self.model, self.name, self.context)
 
 
 def find_checkpoints(paths: list[Path]) -> list[Path]:
@@ -75,18 +81,18 @@ def check_names(folders: list[Path]) -> None:
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """BadInput says which file is missing, damaged, or of a kind that we do not read."""
-    for name in ("config.json", "model.safetensors", bundle.TOKENIZER):
-        if not (folder / name).is_file():
-            raise BadInput(f"checkpoint {folder}: {name} is missing; train it again with: actuary train")
     try:
+        _check_there(folder, "config.json")
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise BadInput(f"checkpoint {folder}: config.json must hold an object; train it again")
         if settings.get("model_type") != ActuaryConfig.model_type:
             raise BadInput(
                 f"checkpoint {folder} is a {settings.get('model_type')!r}; `actuary export` reads "
-                f"{ActuaryConfig.model_type!r}, as `actuary train` writes"
+                f"{ActuaryConfig.model_type!r}, as `actuary train` writes; another family's folder is read with: "
+                f"actuary export --from {folder}"
             )
+        _check_there(folder, "model.safetensors", bundle.TOKENIZER)
         transformers_logging.disable_progress_bar()  # two milliseconds of loading need no bar
         model, seen = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, use_safetensors=True, dtype=torch.float32
@@ -99,6 +105,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except (SafetensorError, OSError, json.JSONDecodeError, ValidationError, RuntimeError, UnicodeDecodeError) as error:
         raise BadInput(f"checkpoint {folder} cannot be read: {error}; train it again with: actuary train") from error
     return Checkpoint(folder.resolve().name, model.eval(), (folder / bundle.TOKENIZER).read_bytes(), quality)
+
+
+def _check_there(folder: Path, *names: str) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise BadInput(f"checkpoint {folder}: {name} is missing; train it again with: actuary train")
+
+
+def read_foreign(source: str, context: int | None = None) -> Checkpoint:
+    """A checkpoint of transformers, from a folder or the hub; its quality is not measured."""
+    read = read_pretrained(source)
+    return Checkpoint(read.name, read.model, read.tokenizer_json, quality=None, context=context)
 
 
 def _read_quality(folder: Path, activation: str) -> bundle.Quality | None:
@@ -152,13 +170,8 @@ def export_bundle(
     """
     seed = secrets.randbelow(2**32) if seed is None else seed
     name = bundle.checked_name(checkpoint.name if name is None else name)
-    not_finite = [key for key, tensor in checkpoint.model.state_dict().items() if not tensor.isfinite().all()]
-    if not_finite:
-        raise BadInput(
-            f"checkpoint {checkpoint.name!r}: {not_finite[0]} holds NaN or infinity: its training diverged; "
-            "train it again"
-        )
-    decoder = from_actuary(checkpoint.model, checkpoint.name)
+    check_finite(checkpoint.model, checkpoint.name, "its training diverged; train it again")
+    decoder = checkpoint.decoder
     info = describe(decoder.activation)
     with new_folder(out / name) as folder:
         _save_model(build(decoder, flavor), folder / bundle.MODEL)
@@ -166,6 +179,7 @@ def export_bundle(
         parity = check(decoder, checkpoint.model, str(folder / bundle.MODEL), seed)
         manifest = _manifest(
             name=name,
+            family=decoder.family,
             activation=decoder.activation.name,
             formula=info.formula,
             kind=decoder.activation.kind,

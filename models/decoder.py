@@ -9,7 +9,7 @@ model that models/checkpoints.py loads. Nothing after this module knows where a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -180,7 +180,7 @@ def from_gpt2(model: PreTrainedModel, name: str) -> Decoder:
     return Decoder(
         name=name,
         family=config.model_type,
-        activation=_activation(config.activation_function, POINTWISE, name),
+        activation=activation_of(config, name),
         head="softmax",
         vocab_size=config.vocab_size,
         context=config.n_positions,
@@ -206,7 +206,6 @@ def from_llama(model: PreTrainedModel, name: str) -> Decoder:
     """
     config = model.config
     own = _arrays(model)
-    _refuse_sliding_window(config, name)
     weights: dict[str, NDArray[Any]] = {
         "embed": own["model.embed_tokens.weight"],
         "norm.weight": own["model.norm.weight"],
@@ -232,7 +231,7 @@ def from_llama(model: PreTrainedModel, name: str) -> Decoder:
     return Decoder(
         name=name,
         family=config.model_type,
-        activation=_activation(config.hidden_act, GATED, name),
+        activation=activation_of(config, name),
         head="softmax",
         vocab_size=config.vocab_size,
         context=config.max_position_embeddings,
@@ -256,25 +255,25 @@ def _arrays(model: PreTrainedModel) -> dict[str, NDArray[Any]]:
     return {key: tensor.detach().float().cpu().numpy() for key, tensor in model.state_dict().items()}
 
 
-def _activation(theirs: str, table: Mapping[str, str], name: str) -> Activation:
+def activation_of(config: Any, name: str) -> Activation:
+    """Our record of a transformers configuration's activation; BadInput lists those that we have."""
+    gated = not hasattr(config, "activation_function")  # of our families GPT-2 alone is not
+    table, theirs = (GATED, config.hidden_act) if gated else (POINTWISE, config.activation_function)
     if theirs not in table:
-        form = "a gated feed-forward block" if table is GATED else "a feed-forward block"
+        form = "a gated feed-forward block" if gated else "a feed-forward block"
         raise BadInput(
             f"checkpoint {name!r} has the activation {theirs!r} in {form}; read there are: {', '.join(sorted(table))}"
         )
     return activations.get(table[theirs])
 
 
-def _refuse_sliding_window(config: Any, name: str) -> None:
+def _refuse_sliding_window(config: Any, context: int, name: str) -> None:
     """BadInput where some block sees less than the whole context."""
-    window, context = getattr(config, "sliding_window", None), config.max_position_embeddings
-    kinds = getattr(config, "layer_types", None)
-    slides = window is not None and (kinds is None or "sliding_attention" in kinds)
-    if slides and window < context:
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window is not None and window < context and (kinds is None or "sliding_attention" in kinds):
         raise BadInput(
             f"checkpoint {name!r} attends to a sliding window of {window} tokens, shorter than its context of "
-            f"{context}; export reads full attention: where prompts stay within {window} tokens, set "
-            f"max_position_embeddings to {window} in its config.json"
+            f"{context}; export reads full attention: give it a context of {window} at most (--context {window})"
         )
 
 
@@ -319,9 +318,24 @@ READERS: Mapping[str, Callable[[PreTrainedModel, str], Decoder]] = MappingProxyT
 )
 
 
-def decoder_of(model: PreTrainedModel, name: str) -> Decoder:
-    """The model as plain arrays; BadInput where no reader knows its `model_type`."""
-    family = model.config.model_type
+def decoder_of(model: PreTrainedModel, name: str, context: int | None = None) -> Decoder:
+    """The model as plain arrays.
+
+    Args:
+        context: longest prompt in tokens, where it shall be shorter than the model's own.
+
+    BadInput where no reader knows its `model_type`, or the context does not fit.
+    """
+    family, longest = model.config.model_type, model.config.max_position_embeddings
     if family not in READERS:
         raise BadInput(f"checkpoint {name!r} is a {family!r}; read are: {', '.join(READERS)}")
-    return READERS[family](model, name)
+    context = longest if context is None else context
+    if not 1 <= context <= longest:
+        raise BadInput(f"context {context} does not fit checkpoint {name!r}, which knows 1 to {longest} positions")
+    _refuse_sliding_window(model.config, context, name)
+    decoder = READERS[family](model, name)
+    if context == longest:
+        return decoder
+    position = {"position": decoder.weights["position"][:context]} if decoder.rope is None else {}
+    rope = decoder.rope and (decoder.rope[0][:context], decoder.rope[1][:context])
+    return replace(decoder, context=context, rope=rope, weights={**decoder.weights, **position})

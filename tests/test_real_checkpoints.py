@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner
+from conftest import ACTUARY, serving
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -19,11 +30,14 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from actuary import BadInput
-from export import bundle
+from actuary import BadInput, GateFailed
+from export import bundle, exporter
+from export.cli import export
+from export.exporter import export_bundle, read_foreign
 from export.graph import build
 from export.parity import model_bound
 from models import activations
+from models.corpus import padded_tokenizer
 from models.decoder import GATED, POINTWISE, decoder_of
 
 V, CONTEXT = 300, 48
@@ -135,3 +149,257 @@ def test_what_one_table_or_node_cannot_say_is_refused_by_name(config: Callable, 
     with pytest.raises(BadInput) as refused:
         decoder_of(AutoModelForCausalLM.from_config(config()), "mine")
     assert all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.fixture(scope="module")
+def folders(corpus, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`folders(name)`: the random model of that name as save_pretrained writes it, and a tokenizer. Not to change."""
+    root = tmp_path_factory.mktemp("real")
+
+    def make(name: str) -> Path:
+        if not (root / name).is_dir():
+            random_model(name).save_pretrained(root / name)
+            padded_tokenizer(corpus.tokenizer(V), V).save(str(root / name / "tokenizer.json"))
+        return root / name
+
+    return make
+
+
+@pytest.fixture
+def saved(folders, tmp_path) -> Path:
+    """A folder that a test may damage."""
+    return Path(shutil.copytree(folders("qwen2"), tmp_path / "mine"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama-tied", "llama3", "mistral", "qwen2", "qwen3"])
+def test_a_folder_becomes_a_bundle_that_a_plain_onnxruntime_runs(folders, tmp_path, name: str):
+    folder, manifest = export_bundle(read_foreign(str(folders(name))), tmp_path, seed=3)
+    session = onnxruntime.InferenceSession(folder / bundle.MODEL, providers=["CPUExecutionProvider"])
+    model = AutoModelForCausalLM.from_pretrained(folders(name), dtype=torch.float32).eval()
+    assert worst_error(model, session) <= min(1e-4, 2 * manifest.parity.bound)
+    assert manifest.parity.max_rel <= manifest.parity.bound
+    assert (manifest.name, manifest.family) == (name, model.config.model_type)
+    assert manifest.activation == ("gelu_tanh" if name == "gpt2" else "swiglu")
+    assert manifest.parameters == sum(weight.numel() for weight in model.parameters())
+    assert manifest.quality is None
+    assert (folder / bundle.TOKENIZER).read_bytes() == (folders(name) / bundle.TOKENIZER).read_bytes()
+
+
+def test_shards_say_what_one_file_says(folders, tmp_path):
+    random_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
+    shutil.copy(folders("llama") / "tokenizer.json", tmp_path / "sharded")
+    one, many = (read_foreign(str(folder)).decoder.weights for folder in (folders("llama"), tmp_path / "sharded"))
+    assert one.keys() == many.keys()
+    for key, array in one.items():
+        np.testing.assert_array_equal(array, many[key])
+
+
+def test_bfloat16_on_disk_is_float32_in_memory(folders, tmp_path):
+    folder = Path(shutil.copytree(folders("llama"), tmp_path / "half"))
+    model = random_model("llama").to(torch.bfloat16)
+    model.save_pretrained(folder)
+    read = read_foreign(str(folder)).decoder
+    np.testing.assert_array_equal(read.weights["embed"], model.model.embed_tokens.weight.detach().float().numpy())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral"])
+def test_a_shorter_context_cuts_the_tables_and_nothing_else(folders, tmp_path, name: str):
+    folder, manifest = export_bundle(read_foreign(str(folders(name)), context=20), tmp_path)
+    assert manifest.context == 20
+    session = onnxruntime.InferenceSession(folder / bundle.MODEL, providers=["CPUExecutionProvider"])
+    model = random_model(name)
+    prompt = np.arange(20) * 13 % V
+    expected = model(input_ids=torch.from_numpy(prompt)[None]).logits[0, -1].detach().numpy()
+    assert np.abs(run(session, prompt) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("context", [0, CONTEXT + 1])
+def test_a_context_that_the_model_does_not_know_is_refused(folders, context: int):
+    with pytest.raises(BadInput, match=f"context {context} does not fit checkpoint 'llama', which knows 1 to 48"):
+        read_foreign(str(folders("llama")), context=context).decoder  # noqa: B018
+
+
+def _another_base(decoder):
+    context, half = decoder.rope[0].shape
+    angles = np.arange(context)[:, None] / 11000.0 ** (np.arange(half) / half)
+    return {"rope": (np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))}
+
+
+def _without(*names: str) -> Callable:
+    return lambda d: {"weights": {k: v for k, v in d.weights.items() if not any(name in k for name in names)}}
+
+
+@pytest.mark.parametrize(
+    ("name", "misread"),
+    [
+        ("llama", _another_base),
+        ("llama", lambda d: {"norm_eps": 2e-5}),
+        ("llama-yarn", lambda d: {"rope": tuple(table / 1.1386294 for table in d.rope)}),  # 0.1 ln 4 + 1
+        ("llama-biases", _without("1.down.bias")),
+        ("qwen2", _without("0.qkv.bias")),
+        ("qwen3", _without("0.k_norm")),
+        ("gpt2", lambda d: {"activation": activations.get("gelu")}),
+        ("gpt2", lambda d: {"weights": {**d.weights, "position": np.roll(d.weights["position"], 1, axis=0)}}),
+        ("gpt2-scales", lambda d: {"score_scales": (d.score_scales[0],) * 2}),
+    ],
+)
+def test_the_gate_sees_a_reading_that_is_a_little_wrong(folders, tmp_path, monkeypatch, name: str, misread: Callable):
+    right = exporter.decoder_of
+
+    def wrong(*arguments):
+        decoder = right(*arguments)
+        return dataclasses.replace(decoder, **misread(decoder))
+
+    checkpoint = read_foreign(str(folders(name)))
+    monkeypatch.setattr(exporter, "decoder_of", wrong)
+    with pytest.raises(GateFailed, match="misses parity"):
+        export_bundle(checkpoint, tmp_path / "out", seed=5)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def _config(**changed: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+    return damage
+
+
+def _weights(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _sharded(index: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00003.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return damage
+
+
+THREE = {"weight_map": {str(i): f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_pickled, ["pytorch_model.bin", "pickle", "save_pretrained(folder, safe_serialization=True)"]),
+        (lambda f: (f / "model.safetensors").unlink(), ["holds neither model.safetensors nor", "save_pretrained"]),
+        (_sharded(THREE), ["2 of its 3 shards", "model-00002-of-00003.safetensors, model-00003-of-00003"]),
+        (_sharded({"weight_map": {"a": "../../elsewhere.safetensors"}}), ["index.json must map"]),
+        (_sharded([]), ["index.json must hold a JSON object"]),
+        (_cut, ["model.safetensors is cut short or damaged", "copy it again"]),
+        (lambda f: (f / "model.safetensors").write_bytes(b"weights"), ["model.safetensors is cut short or damaged"]),
+        (_weights(lambda w: w.pop("model.layers.1.mlp.up_proj.weight")), ["needs model.layers.1.mlp.up_proj.weight"]),
+        (_weights(lambda w: w.update(extra=torch.ones(2))), ["holds extra, which the model does not have"]),
+        (_config(vocab_size=V + 1), ["model.embed_tokens.weight", "another shape"]),
+        (
+            _weights(lambda w: w["model.norm.weight"].__setitem__(3, torch.nan)),
+            ["model.norm.weight holds NaN or infinity", "take another copy"],
+        ),
+        (_config(model_type="bert"), ["architecture 'bert'; we read: gpt2, llama, mistral, qwen2, qwen3"]),
+        (_config(model_type=None), ["architecture None"]),
+        (_config(model_type="actuary_gpt"), ["our own; export it without --from"]),
+        (_config(quantization_config={"quant_method": "gptq"}), ["quantised", "gptq"]),
+        (_config(hidden_act="gelu_new"), ["gelu_new", "swish"]),
+        (_config(num_attention_heads=0), ["config.json", "num_attention_heads"]),
+        (_config(max_position_embeddings=-1), ["max_position_embeddings = -1"]),
+        (_config(rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}), ["config.json", "spiral"]),
+        (lambda f: (f / "config.json").write_text("{"), ["config.json cannot be read"]),
+        (lambda f: (f / "config.json").unlink(), ["config.json is missing"]),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer.json cannot be read"]),
+        (lambda f: (f / "tokenizer.json").unlink(), ["holds no tokenizer.json, nor vocab.json"]),
+        (lambda f: shutil.copy(f.parent / "large.json", f / "tokenizer.json"), ["301 entries, the model 300"]),
+    ],
+)
+def test_bad_folders_are_refused_with_what_to_do(saved, corpus, damage: Callable, words: list[str]):
+    padded_tokenizer(corpus.tokenizer(V), V + 1).save(str(saved.parent / "large.json"))
+    damage(saved)
+    with pytest.raises(BadInput) as refused:
+        read_foreign(str(saved))
+    assert all(word in str(refused.value) for word in words), refused.value
+    assert refused.value.exit_code == 2
+
+
+def test_a_slow_tokenizers_files_are_enough(folders, tmp_path):
+    """GPT-2's vocab.json and merges.txt: the fast form is made of them."""
+    folder = Path(shutil.copytree(folders("gpt2"), tmp_path / "slow"))
+    parts = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(parts["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in parts["merges"]))
+    made = Tokenizer.from_str(read_foreign(str(folder)).tokenizer_json.decode())
+    given = Tokenizer.from_file(str(folders("gpt2") / "tokenizer.json"))
+    assert made.encode("def f(x): return x").ids == given.encode("def f(x): return x").ids
+
+
+def actuary(*arguments: object) -> subprocess.CompletedProcess:
+    command = [*ACTUARY, *map(str, arguments)]
+    environment = {**os.environ, "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_the_verb_exports_shows_and_serves(folders, tmp_path):
+    done = actuary("export", "--from", folders("qwen2"), "--name", "little-qwen", "--out", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    (manifest,) = json.loads(done.stdout)
+    assert (manifest["name"], manifest["family"], manifest["context"]) == ("little-qwen", "qwen2", CONTEXT)
+    shown = actuary("inspect", tmp_path / "little-qwen").stdout
+    assert "qwen2" in shown
+    assert "not measured" in shown
+    prompt = list(range(40, 60))
+    with serving(tmp_path) as (url, _):
+        body = json.dumps({"model": "little-qwen", "prompt": prompt, "top_k": 5}).encode()
+        request = urllib.request.Request(f"{url}/v1/next-token", body, {"Content-Type": "application/json"})
+        answer = json.load(urllib.request.urlopen(request))
+    logits = random_model("qwen2")(input_ids=torch.tensor([prompt])).logits[0, -1]
+    softmax = torch.softmax(logits.detach().double(), -1)
+    top = answer["results"][0]["top"]
+    assert [entry["id"] for entry in top] == softmax.topk(5).indices.tolist()
+    assert [entry["softmax"] for entry in top] == pytest.approx(softmax.topk(5).values.tolist(), rel=1e-3)
+
+
+def test_bad_input_is_exit_code_2_and_leaves_nothing(saved, tmp_path):
+    _cut(saved)
+    refused = actuary("export", "--from", saved, "--out", tmp_path / "out")
+    assert refused.returncode == 2
+    assert "cut short or damaged" in " ".join(refused.stderr.split())
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--from", "/nowhere/absent"], "/nowhere/absent is not a folder"),
+        (["--from", "nobody/nothing"], "the hub does not give"),
+        (["--from", "{saved}", "{saved}"], "one of the three"),
+        (["--from", "{saved}", "--random"], "one of the three"),
+        (["--from", "{saved}", "--dim", "64"], "--dim goes with --random"),
+        (["--from", "{saved}", "--context", "64", "--name", "mine"], "knows 1 to 48 positions"),
+        (["{saved}"], "actuary export --from"),
+        (["--from", "{saved}", "--name", "../mine"], "cannot name a bundle"),
+    ],
+)
+def test_the_verb_refuses(saved, tmp_path, monkeypatch, arguments: list[str], words: str):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    given = [argument.format(saved=saved) for argument in arguments]
+    refused = CliRunner().invoke(export, [*given, "--out", str(tmp_path / "out")]).exception
+    assert isinstance(refused, BadInput)
+    assert words in str(refused)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
