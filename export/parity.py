@@ -1,7 +1,7 @@
 """The parity gate: ONNX Runtime against torch in float64, on fresh probes; a bundle that misses is not written.
 
 Two comparisons. The activation alone, at random and extreme inputs, element by element against the running
-error bound of its own expression (export/ops/error_bound.py): a wrong formula cannot hide in a large
+error bound of its own expression (export/ops/check.py): a wrong formula cannot hide in a large
 model. The whole model, on prompts of several lengths and padded batches, against the bound below.
 
 The bound of the whole model. Each product sums k terms, and rounds with relative error about sqrt(k) * u in
@@ -23,26 +23,19 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 from transformers import PreTrainedModel
 
 from actuary import GateFailed
 from export import bundle
-from export.graph import IR_VERSION
-from export.ops.error_bound import TINY, UNIT, value_and_bound
-from export.ops.trace import trace
-from models.activations import Activation
+from export.ops.check import check_activation, open_session
+from export.ops.error_bound import TINY, UNIT
 from models.decoder import Decoder
 
 SAFETY = 2
 PROBES = 12
 Run = Callable[..., list[NDArray[Any]]]
-
-_EXTREMES = (1e4, -1e4, 1e3, -1e3, 104.0, -104.0, 88.8, -88.8, 20.0, -20.0, 1.0, -1.0, 1e-3, -1e-3, 1e-7, -1e-7,
-             1e-30, -1e-30, 1e-40, -1e-40, 0.0, -0.0)  # fmt: skip
 
 
 def model_bound(decoder: Decoder) -> float:
@@ -50,69 +43,6 @@ def model_bound(decoder: Decoder) -> float:
     d = decoder
     per_block = 2 * d.dim + d.head_dim + d.context + d.heads * d.head_dim + d.hidden
     return SAFETY * UNIT * math.sqrt(d.layers * per_block + d.dim)
-
-
-def open_session(model: bytes | str) -> onnxruntime.InferenceSession:
-    """A CPU session of a plain ONNX Runtime; GateFailed with its own words where it refuses the model."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises its own classes, without a public base
-        raise GateFailed(f"ONNX Runtime {onnxruntime.__version__} does not load the exported model: {error}") from error
-
-
-def check_activation(activation: Activation, function: onnx.FunctionProto, rng: np.random.Generator) -> float:
-    """The worst |error| over its bound of the exported function; GateFailed above 1.
-
-    Probes [1, n], or [n, H] for a hidden axis: normal values at three scales and every extreme, each tensor shuffled
-    on its own, so that extremes meet each other.
-    """
-    tensors = ("gate", "up") if activation.gated else ("x",)
-    n = 1024
-    columns = [
-        rng.permutation(
-            np.concatenate(
-                [np.tile(_EXTREMES, 4), rng.normal(size=n), 10 * rng.normal(size=n), 1e3 * rng.normal(size=n)]
-            )
-        )
-        .astype(np.float32)
-        .reshape(-1, 8)
-        for _ in tensors
-    ]
-    learned = {
-        f"learned.{name}": np.array([start + rng.normal() / 2], dtype=np.float32)
-        for name, start in activation.learned.items()
-    }
-    packed = np.concatenate(columns, axis=-1)
-    floats = TensorProto.FLOAT
-    graph = helper.make_graph(
-        [helper.make_node(activation.name, ["x", *learned], ["y"], domain=bundle.DOMAIN)],
-        "activation",
-        [helper.make_tensor_value_info("x", floats, ["rows", packed.shape[-1]])]
-        + [helper.make_tensor_value_info(name, floats, [1]) for name in learned],
-        [helper.make_tensor_value_info("y", floats, ["rows", 8])],
-    )
-    opsets = [helper.make_opsetid("", bundle.OPSET), helper.make_opsetid(bundle.DOMAIN, 1)]
-    model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=IR_VERSION)
-    (got,) = open_session(model.SerializeToString()).run(None, {"x": packed, **learned})
-    exact = {name: torch.from_numpy(array).double() for name, array in zip(tensors, columns, strict=True)}
-    exact |= {name.removeprefix("learned."): torch.from_numpy(array).double() for name, array in learned.items()}
-    value, bound = (tensor.numpy() for tensor in value_and_bound(trace(activation), exact))
-    reference = activation.expression(*exact.values()).numpy()
-    if not np.allclose(value, reference, rtol=1e-12, atol=1e-300, equal_nan=True):
-        raise GateFailed(f"the traced form of {activation.name!r} is not its torch expression; report this")
-    with np.errstate(invalid="ignore"):
-        ratio = np.abs(got - reference) / bound
-    ratio[np.isnan(got) & np.isnan(reference)] = 0.0
-    worst = int(np.argmax(np.where(np.isnan(ratio), np.inf, ratio)))
-    if not ratio.flat[worst] <= 1:
-        at = {name: float(array.flat[worst]) for name, array in zip(tensors, columns, strict=True)}
-        raise GateFailed(
-            f"activation {activation.name!r} misses parity at {at}: ONNX Runtime gives {got.flat[worst]!r}, torch in "
-            f"float64 {reference.flat[worst]!r}, allowed error {bound.flat[worst]:.3g}"
-        )
-    return float(ratio.flat[worst])
 
 
 def _prompts(decoder: Decoder, rng: np.random.Generator) -> list[NDArray[np.int64]]:

@@ -34,6 +34,7 @@ from actuary import BadInput
 
 Kind = Literal["pointwise", "learned", "gated", "hidden_axis"]
 ENTRY_POINTS = "actuary.activations"
+BIASED = "biased_"  # NAME's operator after the addition of a bias is called biased_NAME (export/ops)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Activation:
             )
         if not (self.name.isidentifier() and self.name.isascii()):
             raise BadInput(f"activation name {self.name!r} must be an ASCII identifier: it names an ONNX operator")
+        if self.name.startswith(BIASED):
+            raise BadInput(
+                f"activation name {self.name!r} must not begin with {BIASED!r}: so begin the operators that add a bias "
+                "before an activation"
+            )
 
     @property
     def gated(self) -> bool:

@@ -12,11 +12,11 @@ from onnx.reference import ReferenceEvaluator
 from actuary import BadInput, GateFailed
 from export.bundle import DOMAIN, OPSET
 from export.catalogue import describe
+from export.ops.check import check_activation
 from export.ops.error_bound import value_and_bound
 from export.ops.formula import formula
 from export.ops.onnx_function import onnx_function
 from export.ops.trace import MEANING, VOCABULARY, trace
-from export.parity import check_activation
 from models.activations import Activation, get, registry
 
 

@@ -1,12 +1,18 @@
-"""How far float32 may stray from an Expression's exact value: a running error bound, element by element.
+"""How far arithmetic may stray from an Expression's exact value: a running error bound, element by element.
 
 First-order forward error analysis (Higham, Accuracy and Stability, section 3.3): a step y = f(a, b)
 computed in floating point carries |df/da| * error(a) + |df/db| * error(b) + what f itself adds. The
 slopes come from autograd in float64, so a new activation brings its own bound. Used by the parity gate
 and by the tests of every derived form.
+
+Three arithmetics: ONNX Runtime's operators one by one in float32 (FLOAT32) and in float16 (FLOAT16), and our kernels,
+which are float32 throughout (KERNEL); `rounded_to_half` is what their float16 form adds.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,18 +33,66 @@ _ADDS: dict[str, tuple[float, float]] = {
     "neg": (0, 0), "abs": (0, 0), "relu": (0, 0), "where": (0, 0), "maximum": (0, 0), "minimum": (0, 0),
     "ge": (0, 0), "gt": (0, 0), "le": (0, 0), "lt": (0, 0),
 }  # fmt: skip
+# The kernels' vector functions promise 4 units in the last place, at most 8 of roundoff (glibc's manual on libmvec;
+# CUDA's promise 2). Seen over one float32 in 397, on AVX-512, AVX2 and SSE2: exp 3.8, expm1 3.3, log 5.7, log1p 3.3,
+# erf 4.0, tanh 1.8, sin 2.8, cos 2.7, atan 3.1, pow 1.1. sigmoid = 1 / (1 + exp(-x)) carries exp's and rounds twice;
+# softplus = log1p(exp(x)) carries at most exp's and has log1p's; rsqrt rounds the root and the quotient.
+_KERNEL_ADDS = _ADDS | {
+    **dict.fromkeys(("exp", "expm1", "log", "log1p", "sin", "cos", "atan", "erf", "tanh", "pow"), (8.0, 0.0)),
+    "sigmoid": (10, 0), "softplus": (16, 0), "rsqrt": (2, 0),
+}  # fmt: skip
 _ROUNDS_ONCE = (1.0, 0.0)
 
 
-def value_and_bound(expression: Expression, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The exact value and the float32 error bound at the given inputs.
+@dataclass(frozen=True)
+class Arithmetic:
+    """A floating-point type and the functions computed in it.
+
+    Args:
+        unit: unit roundoff.
+        tiny: added to every step, since a runtime may flush what is smaller to zero.
+        constants: the type that constants are rounded to.
+        adds: operation -> what it adds, in units: (relative to its result, absolute).
+    """
+
+    unit: float
+    tiny: float
+    constants: torch.dtype
+    adds: Mapping[str, tuple[float, float]]
+
+
+FLOAT32 = Arithmetic(UNIT, TINY, torch.float32, _ADDS)
+KERNEL = Arithmetic(UNIT, TINY, torch.float32, _KERNEL_ADDS)
+HALF_UNIT, HALF_STEP, HALF_MAX = 2.0**-11, 2.0**-24, 65504.0  # of float16: roundoff, subnormals' spacing, largest value
+FLOAT16 = Arithmetic(HALF_UNIT, HALF_STEP, torch.float16, _ADDS)
+
+
+def rounded_to_half(value: Tensor, bound: Tensor) -> Tensor:
+    """The bound after one more rounding, of a float32 within `bound` of `value` to float16. Infinite where the result
+    may overflow."""
+    largest = value.abs() + bound
+    return torch.where(largest < HALF_MAX, bound + HALF_UNIT * largest + HALF_STEP / 2, torch.inf)
+
+
+def value_and_bound(
+    expression: Expression,
+    tensors: dict[str, Tensor],
+    arithmetic: Arithmetic = FLOAT32,
+    bias_added: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The exact value and the error bound at the given inputs.
 
     Args:
         tensors: every tensor argument [..., H] and learned scalar [1], in float64.
+        bias_added: the tensor arguments are exact sums, which the arithmetic had to round.
     Returns: both [..., H], in float64. The bound is infinite or NaN where the value overflows.
     """
     values: dict[str, Tensor] = dict(tensors)
-    errors: dict[str, Tensor] = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    unit = arithmetic.unit
+    errors: dict[str, Tensor] = {
+        name: unit * tensor.abs() if bias_added and name in expression.tensors else torch.zeros_like(tensor)
+        for name, tensor in tensors.items()
+    }
     shape = sum(tensors.values(), torch.zeros(1)).shape
 
     def value(ref: Ref) -> Tensor:
@@ -47,13 +101,13 @@ def value_and_bound(expression: Expression, tensors: dict[str, Tensor]) -> tuple
     def error(ref: Ref) -> Tensor:
         if isinstance(ref, str):
             return errors[ref]
-        return (torch.tensor(ref, dtype=torch.float32).double() - ref).abs()  # the constant's own rounding
+        return (torch.tensor(ref, dtype=arithmetic.constants).double() - ref).abs()  # the constant's own rounding
 
     for step in expression.steps:
         function = MEANING[step.operation]
         if step.operation in HIDDEN_AXIS:
             values[step.name], carried = _over_hidden(
-                step.operation, value(step.arguments[0]), error(step.arguments[0])
+                step.operation, value(step.arguments[0]), error(step.arguments[0]), unit
             )
         else:
             operands = [value(ref).expand(shape).detach() for ref in step.arguments]
@@ -68,18 +122,18 @@ def value_and_bound(expression: Expression, tensors: dict[str, Tensor]) -> tuple
                     if slope is not None:
                         moved = error(ref) > 0  # an exact argument carries nothing, however steep: no 0 * inf
                         carried = carried + torch.where(moved, slope.abs() * error(ref), torch.zeros(()).double())
-        relative, absolute = _ADDS.get(step.operation, _ROUNDS_ONCE)
+        relative, absolute = arithmetic.adds.get(step.operation, _ROUNDS_ONCE)
         size = values[step.name].double().abs()
-        errors[step.name] = carried + UNIT * (relative * size + absolute) + TINY
+        errors[step.name] = carried + unit * (relative * size + absolute) + arithmetic.tiny
     return value(expression.result).expand(shape), error(expression.result).expand(shape)
 
 
-def _over_hidden(operation: str, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+def _over_hidden(operation: str, x: Tensor, error: Tensor, unit: float) -> tuple[Tensor, Tensor]:
     """Value and carried error of an operation over the last axis of [..., H]."""
     H = x.shape[-1]
     if operation == "softmax":
         y = torch.softmax(x, dim=-1)
         return y, y * (error + (y * error).sum(-1, keepdim=True))  # |dy_i| <= y_i (|dx_i| + sum_j y_j |dx_j|)
     y = x.sum(-1, keepdim=True)
-    carried = error.sum(-1, keepdim=True) + UNIT * H * x.abs().sum(-1, keepdim=True)  # H - 1 rounded additions
+    carried = error.sum(-1, keepdim=True) + unit * H * x.abs().sum(-1, keepdim=True)  # H - 1 rounded additions
     return (y, carried) if operation == "sum" else (y / H, carried / H)

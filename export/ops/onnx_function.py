@@ -3,6 +3,7 @@
 A runtime that has a kernel for `ai.actuary::NAME` runs that; any other inlines this body. The body
 holds for every float type: constants are cast to the input's.
 
+    x, bias --Add--> x                        (`biased_NAME`)
     packed [..., 2H] --Split--> gate, up      (gated forms)
     x [..., H] | gate, up [..., H], learned scalars [1] --steps--> y [..., H]
 """
@@ -16,6 +17,7 @@ from onnx import helper
 
 from export.bundle import DOMAIN, OPSET
 from export.ops.trace import Expression, Ref
+from models.activations import BIASED
 
 # Operations that ONNX has under one name with the same arguments.
 _OPERATORS = {
@@ -80,13 +82,24 @@ _COMPOSED: dict[str, Callable[[_Body, str], str]] = {
 }
 
 
-def onnx_function(name: str, expression: Expression) -> onnx.FunctionProto:
-    """The function `ai.actuary::name`: inputs `x` (packed [..., 2H] when gated, else [..., H]) and the learned
-    scalars, each [1]; output `y` [..., H]."""
+def operator_name(name: str, biased: bool) -> str:
+    """What the operator of activation `name` is called in our domain."""
+    return f"{BIASED}{name}" if biased else name
+
+
+def onnx_function(name: str, expression: Expression, biased: bool = False) -> onnx.FunctionProto:
+    """The function `ai.actuary::NAME` or, biased, `ai.actuary::biased_NAME`.
+
+    Its inputs are `x` (packed [..., 2H] when gated, else [..., H]), when biased `bias` ([2H] or [H], added to x first),
+    and the learned scalars, each [1]; its output is `y` [..., H].
+    """
     names = {name: f"learned.{name}" for name in expression.learned} | {name: name for name in expression.tensors}
     body = _Body(like="x")
+    x = body.node("Add", "x", "bias") if biased else "x"
     if len(expression.tensors) == 2:
-        body.nodes.append(helper.make_node("Split", ["x"], list(expression.tensors), axis=-1, num_outputs=2))
+        body.nodes.append(helper.make_node("Split", [x], list(expression.tensors), axis=-1, num_outputs=2))
+    else:
+        names[expression.tensors[0]] = x
 
     def operand(ref: Ref) -> str:
         return names[ref] if isinstance(ref, str) else body.constant(ref)
@@ -100,8 +113,8 @@ def onnx_function(name: str, expression: Expression) -> onnx.FunctionProto:
     body.node("Identity", operand(expression.result), output="y")
     return helper.make_function(
         DOMAIN,
-        name,
-        ["x", *(names[key] for key in expression.learned)],
+        operator_name(name, biased),
+        ["x", *(["bias"] if biased else []), *(names[key] for key in expression.learned)],
         ["y"],
         body.nodes,
         [helper.make_opsetid("", OPSET)],

@@ -1,0 +1,131 @@
+"""The activation's own gate: ONNX Runtime against torch in float64, element by element, at random and extreme inputs.
+
+Three things carry one meaning and are held to it here: the traced steps, the ONNX function (inlined by a plain
+runtime), and the fused kernel (where a library is given). Each must stay within the running error bound of its own
+arithmetic (error_bound.py), so a wrong formula cannot hide in a large model. Called by the parity gate of an export,
+by the tests and by `make gpu-check`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from actuary import GateFailed
+from export.bundle import DOMAIN, OPSET
+from export.graph import IR_VERSION
+from export.ops import error_bound, library
+from export.ops.error_bound import Arithmetic, rounded_to_half, value_and_bound
+from export.ops.library import Library
+from export.ops.onnx_function import operator_name
+from export.ops.trace import trace
+from models.activations import Activation
+
+Feeds = dict[str, NDArray[Any]]
+
+TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+EXTREMES = (1e4, -1e4, 1e3, -1e3, 104.0, -104.0, 88.8, -88.8, 20.0, -20.0, 1.0, -1.0, 1e-3, -1e-3, 1e-7, -1e-7,
+            1e-30, -1e-30, 1e-40, -1e-40, 0.0, -0.0)  # fmt: skip
+NORMALS, SCALES, WIDTH = 1024, (1, 10, 1e3), 8
+
+
+def open_session(model: bytes | str, fused: Library | None = None) -> onnxruntime.InferenceSession:
+    """A CPU session, of a plain ONNX Runtime or with the fused operators; GateFailed with its own words where it
+    refuses the model."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if fused:
+        library.register(options, fused)
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own classes, without a public base
+        raise GateFailed(f"ONNX Runtime {onnxruntime.__version__} does not load the exported model: {error}") from error
+
+
+def one_node(
+    activation: Activation, function: onnx.FunctionProto | None = None, biased: bool = False, type: str = "float32"
+) -> bytes:
+    """A model of the activation's operator alone, of any shape; with its meaning where `function` is given."""
+    element = TYPES[type]
+    inputs = ["x", *(["bias"] if biased else []), *(f"learned.{name}" for name in activation.learned)]
+    graph = helper.make_graph(
+        [helper.make_node(operator_name(activation.name, biased), inputs, ["y"], domain=DOMAIN)],
+        "activation",
+        [helper.make_tensor_value_info(name, element, None) for name in inputs],
+        [helper.make_tensor_value_info("y", element, None)],
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    functions = [function] if function else []
+    model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=IR_VERSION)
+    return bytes(model.SerializeToString())
+
+
+def probes(activation: Activation, rng: np.random.Generator, biased: bool = False, type: str = "float32") -> Feeds:
+    """Inputs of `one_node`: x [n, WIDTH] or [n, 2 WIDTH], normal values at three scales and every extreme, each half
+    shuffled on its own, so that extremes meet each other."""
+    normals = [scale * rng.normal(size=NORMALS) for scale in SCALES]
+    values = np.concatenate([np.tile(EXTREMES, 4), *normals])
+    halves = 2 if activation.gated else 1
+    x = np.concatenate([rng.permutation(values).reshape(-1, WIDTH) for _ in range(halves)], axis=-1)
+    learned = {f"learned.{name}": [start + rng.normal() / 2] for name, start in activation.learned.items()}
+    bias = {"bias": rng.normal(size=halves * WIDTH)} if biased else {}
+    return {name: np.array(array, dtype=type) for name, array in {"x": x, **bias, **learned}.items()}
+
+
+def exact_arguments(activation: Activation, feeds: Feeds) -> dict[str, Tensor]:
+    """The expression's arguments in float64, bias added: name -> [..., H], or [1] for a learned scalar."""
+    exact = {name.removeprefix("learned."): torch.from_numpy(array).double() for name, array in feeds.items()}
+    x = exact.pop("x")
+    if "bias" in feeds:
+        x = x + exact.pop("bias")
+    tensors = x.chunk(2, dim=-1) if activation.gated else (x,)
+    return dict(zip(trace(activation).tensors, tensors, strict=True)) | {
+        name: exact[name] for name in activation.learned
+    }
+
+
+def worst_ratio(
+    activation: Activation, feeds: Feeds, got: NDArray[Any], arithmetic: Arithmetic, what: str = "ONNX Runtime"
+) -> float:
+    """The worst |error| of `got` over its bound; GateFailed above 1, naming the inputs and both values."""
+    exact = exact_arguments(activation, feeds)
+    half = got.dtype == np.float16
+    exact_value, exact_bound = value_and_bound(trace(activation), exact, arithmetic, bias_added="bias" in feeds)
+    value = exact_value.numpy()
+    bound = (rounded_to_half(exact_value, exact_bound) if half else exact_bound).numpy()
+    reference = activation.expression(*exact.values()).numpy()
+    if not np.allclose(value, reference, rtol=1e-12, atol=1e-300, equal_nan=True):
+        raise GateFailed(f"the traced form of {activation.name!r} is not its torch expression; report this")
+    with np.errstate(invalid="ignore"):
+        ratio = np.abs(got.astype(np.float64) - reference) / bound
+    ratio[np.isnan(got) & np.isnan(reference)] = 0.0
+    ratio[half & np.isinf(bound) & ~np.isnan(got)] = 0.0  # past float16's range, where it may be infinite
+    worst = int(np.argmax(np.where(np.isnan(ratio), np.inf, ratio)))
+    if not ratio.flat[worst] <= 1:
+        at = {name: float(np.broadcast_to(exact[name], value.shape).flat[worst]) for name in exact}
+        raise GateFailed(
+            f"activation {activation.name!r} misses parity at {at}: {what} gives {got.flat[worst]!r}, torch in float64 "
+            f"{reference.flat[worst]!r}, allowed error {bound.flat[worst]:.3g}"
+        )
+    return float(ratio.flat[worst])
+
+
+def check_activation(
+    activation: Activation, function: onnx.FunctionProto, rng: np.random.Generator, fused: Library | None = None
+) -> float:
+    """The worst |error| over its bound in float32, of the exported function inlined and, where a library with this
+    formula is given, of its kernel; GateFailed above 1."""
+    feeds = probes(activation, rng)
+    (got,) = open_session(one_node(activation, function)).run(None, feeds)
+    inlined = worst_ratio(activation, feeds, got, error_bound.FLOAT32)
+    if not fused or fused.why_not(activation.name, activation.digest, cuda=False):
+        return inlined
+    (got,) = open_session(one_node(activation, function), fused).run(None, feeds)
+    return max(inlined, worst_ratio(activation, feeds, got, error_bound.KERNEL, "the fused kernel"))
