@@ -74,6 +74,7 @@ class ActivationInfo(_Record):
     kind: Kind
     paper: str
     learned: dict[str, float] = {}
+    digest: str = ""  # of the formula; a library of fused operators is used where its digest is the same
     curve: Curve
 
 

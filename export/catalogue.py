@@ -49,6 +49,7 @@ def describe(activation: Activation) -> ActivationInfo:
         kind=activation.kind,
         paper=activation.paper,
         learned=dict(activation.learned),
+        digest=activation.digest,
         curve=curve(activation),
     )
 

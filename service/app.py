@@ -47,7 +47,7 @@ class Service:
 
 def create_app(settings: Settings) -> FastAPI:
     """Open the bundles and build the application; BadInput where nothing can be served."""
-    runtime = Runtime(settings.provider, settings.threads)
+    runtime = Runtime(settings.provider, settings.threads, settings.ops)
     library = open_library(settings.bundles, runtime)
     service = Service(
         settings,
@@ -231,6 +231,7 @@ def _model(variant: Variant) -> dict[str, Any]:
         "owned_by": "actuary",
         "root": variant.name,
         "provider": variant.provider,
+        "unfused": variant.unfused,
         **facts,
     }
 

@@ -1,4 +1,4 @@
-"""Opens ONNX Runtime sessions: on which provider, with how many threads."""
+"""Opens ONNX Runtime sessions: on which provider, with how many threads, with which fused operators."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any, Literal
 import onnxruntime
 
 from actuary import BadInput
+from export.bundle import ActivationInfo
+from export.ops import library
+from export.ops.library import Library
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 FATAL = 4  # what goes wrong with a bundle is raised and reported by us; ONNX Runtime's own log repeats it
@@ -29,8 +32,11 @@ class Runtime:
     (onnxruntime 1.31.1; 300 batches). Pools that wait cost a blocked thread each and nothing else.
     """
 
-    def __init__(self, provider: Literal["auto", "cpu", "cuda"], threads: int) -> None:
+    def __init__(self, provider: Literal["auto", "cpu", "cuda"], threads: int, ops: Path | None = None) -> None:
+        """BadInput where `ops` holds a library of fused operators that is damaged or of another kind."""
         self._threads = threads
+        self.ops: Library | None = library.find(ops) if ops else None
+        self.no_ops = "" if self.ops else "fused operators were never built; actuary ops build makes them"
         self._asked = provider
         self._cuda = provider != "cpu"
         self.no_cuda = ""  # why `auto` runs on the CPU; empty where it does not
@@ -39,18 +45,28 @@ class Runtime:
         if self._cuda:
             self._preload()
 
-    def open(self, model: Path) -> Any:
-        """An InferenceSession of `model`; raises what ONNX Runtime raises where it is not a good one."""
+    def unfused(self, activation: ActivationInfo) -> str:
+        """Why sessions of a graph with that activation run it unfused; empty where they run our kernel."""
+        if not self.ops:
+            return self.no_ops
+        return self.ops.why_not(activation.name, activation.digest, cuda=self._cuda)
+
+    def open(self, model: Path, activation: ActivationInfo | None = None) -> Any:
+        """An InferenceSession of `model`; raises what ONNX Runtime raises where it is not a good one.
+
+        Args:
+            activation: of the graph; with it, the fused operators are used where `unfused` says nothing against it.
+        """
         if not self._cuda:
-            return self._session(model, [CPU])
+            return self._session(model, [CPU], activation)
         try:
-            session = self._session(model, [CUDA, CPU])
+            session = self._session(model, [CUDA, CPU], activation)
             if CUDA in session.get_providers():
                 return session
             reason = self._preload_said or "its libraries do not load"
         except Exception as error:
             reason = str(error)
-        session = self._session(model, [CPU])  # a model that fails here too is itself bad
+        session = self._session(model, [CPU], activation)  # a model that fails here too is itself bad
         self._without_cuda(reason)
         return session
 
@@ -71,10 +87,12 @@ class Runtime:
             )
         self._cuda, self.no_cuda = False, reason.partition(": ")[0]  # what follows names the same file again
 
-    def _session(self, model: Path, providers: list[str]) -> Any:
+    def _session(self, model: Path, providers: list[str], activation: ActivationInfo | None) -> Any:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = FATAL
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self.ops and activation and not self.ops.why_not(activation.name, activation.digest, CUDA in providers):
+            library.register(options, self.ops)
         return onnxruntime.InferenceSession(str(model), options, providers=providers, enable_fallback=0)

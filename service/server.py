@@ -65,6 +65,9 @@ def _announce(service: Service, port: int) -> None:
         click.echo(f"  refused {bundle.name}: {bundle.reason}", err=True)
     if service.no_cuda:
         click.echo(f"  on the CPU, since CUDA does not run here: {service.no_cuda}", err=True)
+    for reason in dict.fromkeys(v.unfused for v in library.variants.values() if v.unfused):
+        names = ", ".join(v.name for v in library.variants.values() if v.unfused == reason)
+        click.echo(f"  unfused {names}: {reason}", err=True)
     url, body = f"http://{host}:{port}", '{"model": "*", "prompt": "if x is not", "top_k": 3}'
     count = f"{len(library.variants)} variant" + "s" * (len(library.variants) != 1)
     click.echo(f"actuary: {count} on {url}/ (the page), {url}/docs; try it:", err=True)

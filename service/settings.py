@@ -25,6 +25,9 @@ class Settings(BaseModel):
     provider: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: CUDA where it loads, else CPU. cuda: refuse to start without it."
     )
+    ops: Path = Field(
+        Path("artifacts/ops"), description="Folder of `actuary ops build`; without it all runs unfused, and slower."
+    )
     threads: int = Field(
         default_factory=cores, ge=1, le=1024, description="Cores that all variants together compute on."
     )

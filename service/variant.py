@@ -44,6 +44,7 @@ class Variant:
     vocabulary: Vocabulary
     session: Any  # onnxruntime.InferenceSession
     provider: str
+    unfused: str  # why its activation runs as standard operators; empty where it runs our kernel
 
     @property
     def name(self) -> str:
@@ -72,10 +73,11 @@ def open_variant(folder: Path, runtime: Runtime, vocabulary: Callable[[Path, str
             f"{bundle.TOKENIZER} has ids up to {tokenizer.size - 1}, the model's vocabulary has "
             f"{manifest.vocab_size}; export it again with its own tokenizer"
         )
-    session = runtime.open(folder / bundle.MODEL)
+    session = runtime.open(folder / bundle.MODEL, manifest.activation_info)
     _check_signature("input", _INPUTS, session.get_inputs())
     _check_signature("output", _OUTPUTS, session.get_outputs())
-    variant = Variant(manifest, tokenizer, session, session.get_providers()[0])
+    unfused = runtime.unfused(manifest.activation_info)
+    variant = Variant(manifest, tokenizer, session, session.get_providers()[0], unfused)
     _warm_up(variant)
     return variant
 
