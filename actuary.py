@@ -44,6 +44,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "explain": ("export.cli:explain", "train", "One activation: formula, kind, paper, ONNX function."),
     "export": ("export.cli:export", "train", "Turn checkpoints into ONNX bundles that run anywhere."),
     "inspect": ("export.cli:inspect", "", "What is in a bundle."),
+    "swap": ("models.cli:swap", "train", "Another activation for a transformers checkpoint, tuned."),
     "ops": ("export.ops.cli:ops", "train", "Build the fused operators: each activation as one compiled loop."),
     "bench": ("export.bench_cli:bench", "train,load", "What an activation costs, without a server."),
     "serve": ("service.cli:serve", "serve", "Serve every bundle of a folder over HTTP."),

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -27,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from actuary import BadInput
 from models.decoder import READERS, activation_of
 from models.gpt import ActuaryConfig
+from models.swap import SWAP, recorded_activation, replace_blocks
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 FAMILIES = tuple(family for family in READERS if family != ActuaryConfig.model_type)
@@ -162,15 +164,18 @@ def _check_safetensors(path: Path) -> None:
 def _load(folder: Path, config: Any) -> PreTrainedModel:
     try:
         with _quiet():
-            model, seen = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # to be told which
-                output_loading_info=True,
-            )
+            if recorded_activation(config) is not None:
+                model, seen = _load_swapped(folder, config)
+            else:
+                model, seen = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    config=config,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    ignore_mismatched_sizes=True,  # to be told which
+                    output_loading_info=True,
+                )
     except Exception as error:  # building a model can fail in any of its modules
         raise BadInput(_unfit(folder, error)) from error
     for kind, what in (
@@ -186,6 +191,24 @@ def _load(folder: Path, config: Any) -> PreTrainedModel:
             )
     check_finite(model, str(folder), "the file is damaged, or the training had diverged: take another copy")
     return model.eval()
+
+
+def _load_swapped(folder: Path, config: Any) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    """A checkpoint of `actuary swap`: the family's own modules with our feed-forward blocks in them."""
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    swap = getattr(config, SWAP)
+    replace_blocks(model, recorded_activation(config), swap["hidden"], bool(swap.get("bias")))
+    tensors = {key: value for path in _weight_files(folder) for key, value in load_file(path).items()}
+    expected = model.state_dict()
+    wrong = [key for key, value in tensors.items() if key in expected and expected[key].shape != value.shape]
+    missing, unexpected = model.load_state_dict({k: v for k, v in tensors.items() if k not in wrong}, strict=False)
+    model.tie_weights()
+    tied = set(model.all_tied_weights_keys)
+    return model, {
+        "missing_keys": [key for key in missing if key not in tied and key not in wrong],
+        "unexpected_keys": unexpected,
+        "mismatched_keys": wrong,
+    }
 
 
 def check_finite(model: PreTrainedModel, name: str, remedy: str) -> None:

@@ -192,3 +192,55 @@ def _print(summary: dict[str, Any], console: Console) -> None:
                 f"{activation} ({head}) over {len(values)} seeds: "
                 f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
             )
+
+
+@click.command()
+@click.option("--from", "source", required=True, help="Folder that transformers' save_pretrained wrote, or a hub name.")
+@click.option("--activation", required=True, help="A name of the registry; see actuary list.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("artifacts/swapped"),
+              show_default=True, help="Folder for the new checkpoint.")  # fmt: skip
+@click.option("--name", help="Of the new checkpoint.  [default: SOURCE-ACTIVATION]")
+@click.option("--gated-width", type=click.Choice(["matched", "full"]), default="matched", show_default=True,
+              help="From pointwise to gated or back: as many parameters, or as many units.")  # fmt: skip
+@click.option("--corpus", "paths", type=click.Path(path_type=Path), multiple=True,
+              help="File or folder of UTF-8 text; may be repeated.  [default: Python's standard library]")  # fmt: skip
+@click.option("--steps", type=click.IntRange(0), default=200, show_default=True, help="Of tuning; 0 only swaps.")
+@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Windows per step.")
+@click.option("--window", type=click.IntRange(2), help="Tokens of a window.  [default: 128, or the whole context]")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), default=3e-4, show_default=True, help="Learning rate.")
+@click.option("--distil", type=click.FloatRange(0, 1), default=0.0, show_default=True,
+              help="Share of the loss that is the distance from the original's predictions.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="The report as one JSON document on standard output.")
+def swap(
+    source: str, activation: str, out: Path, name: str | None, gated_width: str, paths: tuple[Path, ...], steps: int,
+    batch: int, window: int | None, rate: float, distil: float, seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Give a transformers checkpoint another feed-forward activation, and tune it on a corpus.
+
+    Reports held-out bits per byte before, after the swap and after tuning. Ctrl-C saves; the same command goes on.
+    `actuary export --from OUT/NAME` exports the result.
+
+    \b
+    Examples:
+      actuary swap --from ~/gpt2 --activation swiglu --corpus ~/notes --distil 0.5
+      actuary swap --from ~/llama --activation reglu --steps 0
+    """
+    with errors.status("loading torch"):
+        from models.swapping import swap_checkpoint
+
+    report = swap_checkpoint(
+        source, activation, out, name, gated_width, paths, errors,
+        steps=steps, batch=batch, window=window, rate=rate, distil=distil, seed=seed,
+    )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    table = Table(
+        box=None, header_style="bold", title=f"held-out bits per byte of {report['name']}", title_justify="left"
+    )
+    for column in ("before", "swapped", "tuned"):
+        table.add_column(column, justify="right")
+    table.add_row(*(f"{report['bits_per_byte'][key]:.4f}" for key in ("before", "swapped", "tuned")))
+    errors.print(table)
+    errors.print(f"export it with: actuary export --from {report['folder']}", highlight=False, soft_wrap=True)

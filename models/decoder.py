@@ -23,6 +23,7 @@ from actuary import BadInput
 from models import activations
 from models.activations import Activation
 from models.gpt import NORM_EPS, ActuaryConfig, ActuaryGPT, Head, rope_tables
+from models.swap import recorded_activation
 
 Weights = Mapping[str, NDArray[np.float32]]
 
@@ -173,8 +174,10 @@ def from_gpt2(model: PreTrainedModel, name: str) -> Decoder:
             ("up", "mlp.c_fc"),
             ("down", "mlp.c_proj"),
         ):
-            weights[f"{block}.{ours}.weight"] = own[f"{theirs}.{product}.weight"].T
-            weights[f"{block}.{ours}.bias"] = own[f"{theirs}.{product}.bias"]
+            if f"{theirs}.{product}.weight" in own:  # else it was swapped
+                weights[f"{block}.{ours}.weight"] = own[f"{theirs}.{product}.weight"].T
+                weights[f"{block}.{ours}.bias"] = own[f"{theirs}.{product}.bias"]
+        weights |= _swapped(own, f"{theirs}.mlp.", f"{block}.")
     for ours, norm in norms.items():
         weights |= {f"{ours}.{part}": own[f"{norm}.{part}"] for part in ("weight", "bias")}
     return Decoder(
@@ -189,7 +192,7 @@ def from_gpt2(model: PreTrainedModel, name: str) -> Decoder:
         heads=config.n_head,
         kv_heads=config.n_head,
         head_dim=config.n_embd // config.n_head,
-        hidden=weights["blocks.0.up.weight"].shape[0],
+        hidden=weights["blocks.0.down.weight"].shape[1],
         norm="layer",
         norm_eps=config.layer_norm_epsilon,
         score_scales=tuple(float(block.attn.scaling) for block in model.transformer.h),
@@ -227,6 +230,7 @@ def from_llama(model: PreTrainedModel, name: str) -> Decoder:
                 rows = [own[key] for one in theirs if (key := f"model.layers.{i}.{one}.{part}") in own]
                 if rows:
                     weights[f"blocks.{i}.{ours}.{part}"] = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        weights |= _swapped(own, f"model.layers.{i}.mlp.", f"blocks.{i}.")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Decoder(
         name=name,
@@ -240,7 +244,7 @@ def from_llama(model: PreTrainedModel, name: str) -> Decoder:
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
-        hidden=config.intermediate_size,
+        hidden=weights["blocks.0.down.weight"].shape[1],
         norm="rms",
         norm_eps=config.rms_norm_eps,
         score_scales=tuple(float(layer.self_attn.scaling) for layer in model.model.layers),
@@ -250,6 +254,16 @@ def from_llama(model: PreTrainedModel, name: str) -> Decoder:
     )
 
 
+def _swapped(own: Weights, theirs: str, ours: str) -> dict[str, NDArray[Any]]:
+    """The weights of a block that `actuary swap` put in (models/swap.py), which has our own names."""
+    parts = ("up.", "down.", "learned.")
+    return {
+        key.replace(theirs, ours, 1): array
+        for key, array in own.items()
+        if key.startswith(theirs) and key.removeprefix(theirs).startswith(parts)
+    }
+
+
 def _arrays(model: PreTrainedModel) -> dict[str, NDArray[Any]]:
     """The state dict in float32; a view of the model's own memory where it is float32 already."""
     return {key: tensor.detach().float().cpu().numpy() for key, tensor in model.state_dict().items()}
@@ -257,6 +271,9 @@ def _arrays(model: PreTrainedModel) -> dict[str, NDArray[Any]]:
 
 def activation_of(config: Any, name: str) -> Activation:
     """Our record of a transformers configuration's activation; BadInput lists those that we have."""
+    swapped = recorded_activation(config)
+    if swapped is not None:
+        return swapped
     gated = not hasattr(config, "activation_function")  # of our families GPT-2 alone is not
     table, theirs = (GATED, config.hidden_act) if gated else (POINTWISE, config.activation_function)
     if theirs not in table:

@@ -1,0 +1,110 @@
+"""The whole of `actuary swap`: read, measure, swap, measure, tune, measure, write. The steps are in models/swap.py."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+
+from actuary import BadInput
+from models import activations
+from models.checkpoints import TOKENIZER, read_pretrained
+from models.corpus import Corpus
+from models.files import check_writable, new_folder, write_atomically
+from models.swap import Tuning, bits_per_byte, swap_activation, tokenized, tune
+from models.train import UNFINISHED
+
+REPORT = "swap.json"  # what was measured, beside the weights
+WINDOW = 128  # tokens, where nobody chose
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """A list that holds a signal once Ctrl-C or SIGTERM came."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def swap_checkpoint(
+    source: str,
+    activation: str,
+    out: Path,
+    name: str | None,
+    gated_width: Literal["matched", "full"],
+    paths: tuple[Path, ...],
+    console: Console,
+    *,
+    window: int | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Writes OUT/NAME and returns its report: name, folder, activation, bits_per_byte {before, swapped, tuned}.
+
+    Args:
+        settings: of Tuning. `window` is at most the checkpoint's context.
+    """
+    record = activations.get(activation)
+    check_writable(out)
+    with console.status(f"reading {source}"):
+        read = read_pretrained(source)
+    name = name or f"{read.name}-{record.name}"
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise BadInput(f"--name {name!r} must be the plain name of a folder")
+    if (out / name).resolve() == Path(source).resolve():
+        raise BadInput(f"{out / name} is the checkpoint itself; choose another --out or --name")
+    model, context = read.model, read.model.config.max_position_embeddings
+    if window is not None and window > context:
+        raise BadInput(f"--window {window} is longer than the checkpoint's context of {context}")
+    tuning = Tuning(window=min(window or WINDOW, context), **settings)
+    with console.status("reading the corpus"):
+        corpus = Corpus.read(paths)
+        text = tokenized(corpus, Tokenizer.from_str(read.tokenizer_json.decode()), tuning)
+    with console.status("measuring the original"):
+        figures = {"before": bits_per_byte(model, text, tuning.window)}
+    original = copy.deepcopy(model).eval().requires_grad_(False) if tuning.distil else None
+    was = model.num_parameters()
+    swap_activation(model, record, gated_width, tuning.seed)
+    with console.status("measuring the swap"):
+        figures["swapped"] = bits_per_byte(model, text, tuning.window)
+    mark = {"source": read.name, "before": round(figures["before"], 6), "activation": record.name,
+            "formula": record.digest, "width": gated_width, "corpus_sha256": corpus.sha256}  # fmt: skip
+    if tuning.steps:
+        loss = TextColumn("{task.fields[loss]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), loss, TimeRemainingColumn())
+        with _interruptible() as came, Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task(f"tuning {name}", total=tuning.steps, loss="")
+            tune(
+                model, original, text, tuning, out / UNFINISHED / f"{name}.safetensors", mark,
+                lambda step, loss: bar.update(task, completed=step, loss=f"loss {loss:.3f}"),
+                lambda: bool(came),
+            )  # fmt: skip
+    with console.status("measuring the result"):
+        figures["tuned"] = bits_per_byte(model, text, tuning.window) if tuning.steps else figures["swapped"]
+    report = {
+        "name": name,
+        "folder": str(out / name),
+        "source": source,
+        "activation": record.name,
+        "bits_per_byte": figures,
+        "held_out_tokens": len(text.held_out) - 1,
+        "parameters": {"before": was, "after": model.num_parameters()},
+        "corpus_sha256": corpus.sha256,
+        "settings": {**settings, "window": tuning.window, "gated_width": gated_width},
+    }
+    with new_folder(out / name) as folder:
+        model.save_pretrained(folder)
+        (folder / TOKENIZER).write_bytes(read.tokenizer_json)
+        write_atomically(folder / REPORT, json.dumps(report, indent=2))
+    return report
