@@ -79,11 +79,13 @@ class ActivationInfo(_Record):
 
 
 class Quality(_Record):
-    """Held-out quality of the checkpoint; of the tokens under `head`'s own probabilities."""
+    """Held-out quality of the model as it is served; of the tokens under `head`'s own probabilities."""
 
     bits_per_byte: float
     ece: float
     corpus_sha256: str
+    fp32_bits_per_byte: float | None = None  # int8: the float32 model's, over the same text
+    tokens: int | None = None  # int8: how many held-out tokens were predicted
 
 
 class Parity(_Record):
@@ -92,6 +94,7 @@ class Parity(_Record):
     max_abs: float  # of the logits
     max_rel: float  # of the logits, over the largest |logit| of their row
     bound: float  # of max_rel
+    noise: float | None = None  # int8: root mean square error of the logits over that of rounding's own noise
     activation: float  # the activation alone, random and extreme inputs: worst |error| over its own bound, at most 1
     probes: int
     probes_left_out: int = 0  # where torch's own float32 misses float64 by more than the bound

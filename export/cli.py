@@ -31,7 +31,17 @@ errors = Console(stderr=True)
     help="Folder for the bundles.",
 )
 @click.option(
-    "--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of weights and arithmetic."
+    "--precision",
+    type=click.Choice(["fp32", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="int8 quantises the products, and measures what that loses on held-out text.",
+)
+@click.option(
+    "--corpus",
+    type=click.Path(path_type=Path, exists=True),
+    multiple=True,
+    help="With --precision int8: the text it was trained on; may be repeated.  [default: Python's standard library]",
 )
 @click.option(
     "--flavor",
@@ -70,8 +80,9 @@ errors = Console(stderr=True)
 @click.option("--json", "as_json", is_flag=True, help="The manifests as one JSON document on standard output.")
 @click.pass_context
 def export(
-    ctx: click.Context, /, checkpoints: tuple[Path, ...], out: Path, precision: str, flavor: Literal["ort", "portable"],
-    source: str | None, name: str | None, random_weights: bool, activation: str | None, as_json: bool, **shape: Any,
+    ctx: click.Context, /, checkpoints: tuple[Path, ...], out: Path, precision: Literal["fp32", "int8"],
+    corpus: tuple[Path, ...], flavor: Literal["ort", "portable"], source: str | None, name: str | None,
+    random_weights: bool, activation: str | None, as_json: bool, **shape: Any,
 ) -> None:  # fmt: skip
     """Turn checkpoints into ONNX bundles that run in any onnxruntime.
 
@@ -103,6 +114,7 @@ def export(
         raise BadInput(f"--{given[0].replace('_', '-')} goes with --random; a checkpoint brings its own")
     with errors.status("loading torch"):
         from export import exporter
+        from models.corpus import Corpus
         from models.gpt import ActuaryConfig, default_heads
 
     if random_weights:
@@ -122,7 +134,9 @@ def export(
     for label, read in sources:  # one at a time: each may fill the memory
         try:
             with errors.status(f"exporting {label}"):
-                folder, manifest = exporter.export_bundle(read(), out, name, flavor=flavor)
+                folder, manifest = exporter.export_bundle(
+                    read(), out, name, flavor=flavor, precision=precision, corpus=lambda: Corpus.read(corpus)
+                )
         except ActuaryError as error:
             failures.append(error)
             continue

@@ -11,9 +11,10 @@ import importlib.metadata
 import json
 import platform
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import onnxruntime
@@ -24,21 +25,26 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from actuary import BadInput
+from actuary import BadInput, GateFailed
 from export import bundle
 from export.catalogue import describe, write_catalogue
 from export.graph import Flavor, build
 from export.parity import check
+from export.precision import int8
 from models import activations
 from models.checkpoints import check_finite, read_pretrained
 from models.corpus import Corpus, padded_tokenizer
 from models.decoder import Decoder, decoder_of
 from models.files import new_folder
 from models.gpt import ActuaryConfig, ActuaryGPT
+from models.quality import quality_of
 from models.train import finished
 
 # protobuf cannot hold 2 GiB; past this the weights go into a file beside the model.
 EXTERNAL_DATA_FROM_BYTES = 1_800_000_000
+MOST_LOSS = 0.005  # of int8, in bits per byte; the default shapes lose 0.0002 at most (docs/log.md)
+MOST_TOKENS = 2**16  # of held-out text to measure it on; the default corpus has 184,408
+Precision = Literal["fp32", "int8"]
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,8 @@ def export_bundle(
     name: str | None = None,
     seed: int | None = None,
     flavor: Flavor = "ort",
+    precision: Precision = "fp32",
+    corpus: Callable[[], Corpus] = Corpus.read,
 ) -> tuple[Path, bundle.Manifest]:
     """Writes the bundle OUT/NAME; where it does not compute what torch computes, GateFailed, and nothing is written.
 
@@ -168,18 +176,30 @@ def export_bundle(
         name: of the bundle; by default the checkpoint's.
         seed: of the gate's probes; by default a fresh one.
         flavor: of the graph (export/graph.py).
+        precision: `int8` quantises the products (export/precision.py).
+        corpus: what int8's loss is measured on; read where the checkpoint has a quality to lose.
     """
     seed = secrets.randbelow(2**32) if seed is None else seed
     name = bundle.checked_name(checkpoint.name if name is None else name)
     check_finite(checkpoint.model, checkpoint.name, "its training diverged; train it again")
     decoder = checkpoint.decoder
     info = describe(decoder.activation)
+    model, quality, float_model = build(decoder, flavor), checkpoint.quality, None
+    if precision == "int8":
+        if model.ByteSize() > EXTERNAL_DATA_FROM_BYTES:
+            raise BadInput(
+                f"{name!r} holds {model.ByteSize() / 1e9:.1f} GB in float32; int8 is written for models of up to "
+                f"{EXTERNAL_DATA_FROM_BYTES / 1e9:.1f} GB, so export it with --precision fp32"
+            )
+        quality = quality and _int8_quality(quality, decoder, flavor, corpus())
+        model, float_model = int8(model), model
     with new_folder(out / name) as folder:
-        _save_model(build(decoder, flavor), folder / bundle.MODEL)
-        # Views of the model's memory, which the gate's float64 would otherwise stand beside.
+        _save_model(model, folder / bundle.MODEL)
+        # Each is the size of the model, and views of its memory, which the gate's float64 would else stand beside.
+        del model
         decoder = dataclasses.replace(decoder, weights={})
         (folder / bundle.TOKENIZER).write_bytes(checkpoint.tokenizer_json)
-        parity = check(decoder, checkpoint.model, str(folder / bundle.MODEL), seed)
+        parity = check(decoder, checkpoint.model, str(folder / bundle.MODEL), seed, float_model)
         manifest = _manifest(
             name=name,
             family=decoder.family,
@@ -187,7 +207,7 @@ def export_bundle(
             formula=info.formula,
             kind=decoder.activation.kind,
             head=decoder.head,
-            precision="fp32",
+            precision=precision,
             flavor=flavor,
             opset=bundle.OPSET,
             vocab_size=decoder.vocab_size,
@@ -197,7 +217,7 @@ def export_bundle(
             heads=decoder.heads,
             hidden=decoder.hidden,
             parameters=decoder.parameters,
-            quality=checkpoint.quality,
+            quality=quality,
             parity=parity,
             activation_info=info,
             files={path.name: bundle.sha256_of(path) for path in sorted(folder.iterdir())},
@@ -207,6 +227,44 @@ def export_bundle(
         (folder / bundle.MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     write_catalogue(out)
     return out / name, manifest
+
+
+def _int8_quality(trained: bundle.Quality, decoder: Decoder, flavor: Flavor, corpus: Corpus) -> bundle.Quality:
+    """What the int8 model is worth on held-out text, beside the float32 one; GateFailed where it loses too much."""
+    if corpus.sha256 != trained.corpus_sha256:
+        raise BadInput(
+            f"{decoder.name!r} was trained on the corpus {trained.corpus_sha256[:12]}..., this one is "
+            f"{corpus.sha256[:12]}...; int8's loss is measured on held-out text, so name the same with --corpus, or "
+            "use --precision fp32"
+        )
+    ids = corpus.ids(decoder.vocab_size)
+    held_out, held_out_bytes = ids.held_out, ids.held_out_bytes
+    if len(held_out) > MOST_TOKENS:
+        held_out = held_out[:MOST_TOKENS]
+        held_out_bytes = len(corpus.tokenizer(decoder.vocab_size).decode(held_out.tolist()).encode())
+    every = build(decoder, flavor, positions="all")
+
+    def measured(model: onnx.ModelProto) -> tuple[float, float, float]:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+        def logits_of(batch: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(session.run(None, {bundle.INPUT_IDS: batch.numpy()})[0])
+
+        return quality_of(logits_of, decoder.head, decoder.context, held_out, held_out_bytes)
+
+    before, (after, ece, _) = measured(every)[0], measured(int8(every))
+    if not after <= before * (1 + MOST_LOSS):
+        raise GateFailed(
+            f"{decoder.name!r} in int8 takes {after:.4f} bits per byte of held-out text, in float32 {before:.4f}: "
+            f"{after / before - 1:.2%} more, allowed {MOST_LOSS:.1%}; use --precision fp32"
+        )
+    return bundle.Quality(
+        bits_per_byte=after,
+        ece=ece,
+        corpus_sha256=corpus.sha256,
+        fp32_bits_per_byte=before,
+        tokens=len(held_out) - 1,
+    )
 
 
 def _manifest(**fields: Any) -> bundle.Manifest:

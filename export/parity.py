@@ -13,6 +13,13 @@ k = C, D, T, heads D, C, H (D = head_dim), and C in the head; their independent 
 SAFETY = 2 covers the norms, exponentials and the residual stream's growth. Default variants and every activation at
 random weights show at most 0.08 of this bound, while gelu_tanh in gelu's place, or one matrix that is off by 0.05 %,
 misses it (tests/test_ops.py, tests/test_export.py).
+
+The bound of int8. Its error is rounding to known steps, so it is measured instead of bounded: the float32 graph,
+itself held to the bound above, runs DRAWS times with random errors of the quantisers' own steps (export/precision.py).
+The root mean square of the logits' error over all probes must stay within SAFETY_OF_NOISE = 1.25 times that noise's,
+and the largest error within SAFETY_OF_LARGEST = 2 times its largest. Every activation at random weights shows 0.78 to
+1.09 of the noise and 0.27 to 0.67 of the second bound (100 exports). A fault adds in squares, so one that
+moves the logits by 0.75 times the noise is seen (tests/test_precision.py).
 """
 
 from __future__ import annotations
@@ -29,12 +36,13 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from actuary import GateFailed
-from export import bundle
+from export import bundle, precision
 from export.ops.check import check_activation, open_session
 from export.ops.error_bound import TINY, UNIT
 from models.decoder import Decoder
 
 SAFETY = 2
+SAFETY_OF_NOISE, SAFETY_OF_LARGEST, DRAWS = 1.25, 2, 4  # of int8
 PROBES = 12
 LONGEST_PROBE, LONGEST_RANDOM_PROBE = 1024, 128  # tokens; 4,300 in all: at 124M parameters 5,000 more take 30 s
 BATCH_TOKENS = 2048  # of a padded batch: at 124M parameters one of 12 x 1,024 takes 1.3 GB
@@ -57,27 +65,31 @@ def _prompts(decoder: Decoder, rng: np.random.Generator) -> list[NDArray[np.int6
     return [*random, np.zeros(T, dtype=np.int64), np.full(max(1, T - 1), V - 1)]
 
 
-def check_model(decoder: Decoder, reference: PreTrainedModel, run: Run, seed: int) -> tuple[float, float, int]:
+def check_model(
+    decoder: Decoder, reference: PreTrainedModel, run: Run, seed: int, bound: float | None = None
+) -> tuple[float, float, int]:
     """Compares logits [B, V] at each prompt's last position, each prompt alone and in padded batches.
 
     Args:
         reference: the torch model in float32 that `decoder` was read from; compared in float64, and put back.
         run: the exported session's `run`.
+        bound: by default float32's.
     Returns: (max_abs, max_rel, probes left out). GateFailed names the probe and both values.
     """
     rng = np.random.default_rng(seed)
-    prompts, bound = _prompts(decoder, rng), model_bound(decoder)
+    prompts, of_float32 = _prompts(decoder, rng), model_bound(decoder)
+    bound = of_float32 if bound is None else bound
     single = np.stack([_torch_logits(reference, prompt) for prompt in prompts]).astype(np.float64)
     exact = np.stack([_torch_logits(reference.double(), prompt) for prompt in prompts])
     reference.float()
     scale = np.abs(exact).max(axis=-1, keepdims=True)
     # A step function may fall either way where its input is within rounding of the step: a probe on which
     # torch in float32 does not meet torch in float64 says nothing of the export.
-    fair = (np.abs(single - exact) / scale).max(axis=-1) <= bound
+    fair = (np.abs(single - exact) / scale).max(axis=-1) <= of_float32
     if fair.sum() < PROBES / 2:
         raise GateFailed(
-            f"torch's own float32 misses its float64 by more than {bound:.2g} on {PROBES - fair.sum()} of {PROBES} "
-            f"probes: {decoder.name!r} at these weights is not determined in float32"
+            f"torch's own float32 misses its float64 by more than {of_float32:.2g} on {PROBES - fair.sum()} of "
+            f"{PROBES} probes: {decoder.name!r} at these weights is not determined in float32"
         )
     alone = np.concatenate([run([bundle.LOGITS], _feed([prompt]))[0] for prompt in prompts])
     top_k = min(5, decoder.vocab_size)
@@ -97,6 +109,41 @@ def check_model(decoder: Decoder, reference: PreTrainedModel, run: Run, seed: in
         )
     _check_probabilities(outputs)
     return float(max(error.max() for error in errors)), max_rel, int(PROBES - fair.sum())
+
+
+def check_int8(
+    decoder: Decoder, reference: PreTrainedModel, run: Run, float_model: onnx.ModelProto, seed: int
+) -> tuple[float, float, float, float, int]:
+    """The float32 graph against torch; then the int8 one made from it, against both.
+
+    Returns: (max_abs, max_rel, its bound, error over rounding noise, probes left out).
+    """
+    plain = open_session(float_model.SerializeToString()).run
+    check_model(decoder, reference, plain, seed)
+    rng = np.random.default_rng(seed)
+    prompts = _prompts(decoder, rng)
+    exact = _alone_and_together(plain, prompts)
+    errors = []
+    for _ in range(DRAWS):
+        noisy = open_session(precision.dithered(float_model, rng).SerializeToString()).run
+        errors.append(_alone_and_together(noisy, prompts) - exact)
+    largest = np.abs(exact).max(axis=-1, keepdims=True)
+    bound = model_bound(decoder) + SAFETY_OF_LARGEST * max(float(np.abs(error / largest).max()) for error in errors)
+    max_abs, max_rel, left_out = check_model(decoder, reference, run, seed, bound)
+    noise = float(np.sqrt(np.mean(np.square(errors))))
+    ratio = float(np.sqrt(np.mean(np.square(_alone_and_together(run, prompts) - exact)))) / noise
+    if not ratio <= SAFETY_OF_NOISE:
+        raise GateFailed(
+            f"{decoder.name!r} in int8 misses parity: the root mean square error of its logits is {ratio:.2f} times "
+            f"what rounding to int8 makes ({noise:.2g}), allowed {SAFETY_OF_NOISE} (seed {seed})"
+        )
+    return max_abs, max_rel, bound, ratio, left_out
+
+
+def _alone_and_together(run: Run, prompts: list[NDArray[np.int64]]) -> NDArray[np.float64]:
+    """Logits [2 * prompts, V]: of each prompt alone, then of all in padded batches."""
+    feeds = [_feed(batch) for batch in [*([prompt] for prompt in prompts), *_batches(prompts)]]
+    return np.concatenate([run([bundle.LOGITS], feed)[0] for feed in feeds]).astype(np.float64)
 
 
 def _torch_logits(model: PreTrainedModel, prompt: NDArray[np.int64]) -> NDArray[Any]:
@@ -159,17 +206,36 @@ def _function(model_path: str, name: str) -> onnx.FunctionProto:
     return onnx.FunctionProto.FromString(next(f for f in functions if f.name == name).SerializeToString())
 
 
-def check(decoder: Decoder, reference: PreTrainedModel, model_path: str, seed: int) -> bundle.Parity:
-    """Both comparisons on the file as written; GateFailed where one misses."""
-    worst = check_activation(
-        decoder.activation, _function(model_path, decoder.activation.name), np.random.default_rng(seed)
-    )
+def check(
+    decoder: Decoder,
+    reference: PreTrainedModel,
+    model_path: str,
+    seed: int,
+    float_model: onnx.ModelProto | None = None,
+) -> bundle.Parity:
+    """Both comparisons on the file as written; GateFailed where one misses.
+
+    Args:
+        float_model: the float32 graph that the file's int8 one was made from; None where the file is float32.
+    """
+    function = _function(model_path, decoder.activation.name)
+    worst = check_activation(decoder.activation, function, np.random.default_rng(seed))
     opened = functools.cache(lambda: open_session(model_path))  # when torch has its answers: two models take the room
-    max_abs, max_rel, left_out = check_model(decoder, reference, lambda *given: opened().run(*given), seed)
+    noise = None
+
+    def run(*given: Any) -> list[NDArray[Any]]:
+        return list(opened().run(*given))
+
+    if float_model is None:
+        bound = model_bound(decoder)
+        max_abs, max_rel, left_out = check_model(decoder, reference, run, seed)
+    else:
+        max_abs, max_rel, bound, noise, left_out = check_int8(decoder, reference, run, float_model, seed)
     return bundle.Parity(
         max_abs=max_abs,
         max_rel=max_rel,
-        bound=model_bound(decoder),
+        bound=bound,
+        noise=noise,
         activation=worst,
         probes=PROBES,
         probes_left_out=left_out,

@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from models.corpus import Ids
-from models.gpt import ActuaryGPT, log_probabilities
+from models.gpt import ActuaryGPT, Head, log_probabilities
 
 ECE_BINS = 15
 WINDOWS = 16  # at once: logits [16, 128, 2048] are 17 MB
 
 
-@torch.inference_mode()
 def held_out_quality(model: ActuaryGPT, ids: Ids) -> tuple[float, float, float]:
-    """Held-out bits per byte, expected calibration error, and mean mass of the sigmoids.
+    """Held-out bits per byte, expected calibration error, and mean mass of the sigmoids."""
+    model.eval()
+    device = model.embed.weight.device
+    return quality_of(
+        lambda batch: model.logits(model.hidden_states(batch.to(device))),
+        model.config.head,
+        model.config.context,
+        ids.held_out,
+        ids.held_out_bytes,
+    )
+
+
+@torch.inference_mode()
+def quality_of(
+    logits_of: Callable[[Tensor], Tensor], head: Head, context: int, held_out: NDArray[np.int32], held_out_bytes: int
+) -> tuple[float, float, float]:
+    """The same of anything that turns ids [B, T] into logits [B, T, V], on whichever device.
 
     Every held-out token counts once, predicted from the window of `context` tokens that it stands in. The
     ECE (Guo et al. 2017, 15 equal bins) is of the likeliest token: of its softmax, or under the sigmoid head of
     its raw sigmoid.
     """
-    model.eval()
-    head, T = model.config.head, model.config.context
-    device = model.embed.weight.device
+    T = context
     nats, mass, total = 0.0, 0.0, 0
     bins = np.zeros((3, ECE_BINS))  # count, confidence, hits
-    pieces = [ids.held_out[start : start + T + 1] for start in range(0, len(ids.held_out) - 1, T)]
+    pieces = [held_out[start : start + T + 1] for start in range(0, len(held_out) - 1, T)]
     whole = len(pieces) - (len(pieces[-1]) <= T)  # a last window that is short goes alone
     groups = [pieces[i : min(i + WINDOWS, whole)] for i in range(0, whole, WINDOWS)]
     groups += [pieces[whole:]] if whole < len(pieces) else []
     for group in groups:
-        batch = torch.from_numpy(np.stack(group)).long().to(device)
-        logits = model.logits(model.hidden_states(batch[:, :-1]))
-        log_p, targets = log_probabilities(logits, head), batch[:, 1:]
+        batch = torch.from_numpy(np.stack(group)).long()
+        logits = logits_of(batch[:, :-1])
+        log_p, targets = log_probabilities(logits, head), batch[:, 1:].to(logits.device)
         nats -= float(log_p.gather(-1, targets[..., None]).cpu().double().sum())
         sigmoids = torch.sigmoid(logits)
         mass += float(sigmoids.cpu().double().sum())
@@ -48,4 +64,4 @@ def held_out_quality(model: ActuaryGPT, ids: Ids) -> tuple[float, float, float]:
         for row, weights in enumerate((None, confidence, hits)):
             bins[row] += np.bincount(which, weights=weights, minlength=ECE_BINS)
     ece = float(np.abs(bins[1] - bins[2]).sum() / total)
-    return nats / math.log(2) / ids.held_out_bytes, ece, mass / total
+    return nats / math.log(2) / held_out_bytes, ece, mass / total

@@ -398,11 +398,11 @@ def test_random_weights_of_any_shape(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name the checkpoints to export, or give --random"),
+        ([], "name the checkpoints to export, or give --from"),
         (["--random"], "--random needs --activation"),
         (["--random", "--activation", "nope"], "unknown activation 'nope'"),
         (["/nowhere"], "does not exist"),
-        ([".", "--random", "--activation", "gelu"], "not both"),
+        ([".", "--random", "--activation", "gelu"], "one of the three"),
         ([".", "--dim", "64"], "--dim goes with --random"),
         (["--random", "--activation", "gelu", "--precision", "fp13"], "'fp13' is not"),
     ],

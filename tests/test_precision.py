@@ -8,12 +8,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from conftest import TINY
 
-from export import bundle
-from export.exporter import Checkpoint, export_bundle
+from actuary import BadInput, GateFailed
+from export import bundle, exporter, precision
+from export.exporter import export_bundle
 from export.graph import ORT, Flavor, Positions, build
-from export.parity import model_bound
-from models.decoder import Decoder, from_actuary
+from export.parity import SAFETY_OF_NOISE, check_int8, model_bound
+from models.decoder import Decoder
 
 
 def opened(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -32,10 +34,6 @@ def logits(decoder: Decoder, flavor: Flavor, positions: Positions, prompts: list
         return [rows[length - 1] for rows, length in zip(got, lengths, strict=True)]
     feed = {bundle.INPUT_IDS: ids, bundle.LENGTHS: lengths, bundle.TOP_K: np.array([0])}
     return list(session.run([bundle.LOGITS], feed)[0])
-
-
-def decoder_of(checkpoint: Checkpoint) -> Decoder:
-    return from_actuary(checkpoint.model, checkpoint.name)
 
 
 def other_family(decoder: Decoder) -> Decoder:
@@ -74,7 +72,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("family", [lambda d: d, other_family, grouped], ids=["own", "gpt2", "grouped"])
 def test_flavors_and_positions_compute_one_model(tiny_checkpoint, family, shape):
-    decoder = family(decoder_of(tiny_checkpoint("swiglu", **shape)))
+    decoder = family(tiny_checkpoint("swiglu", **shape).decoder)
     rng = np.random.default_rng(2)
     prompts = [rng.integers(0, decoder.vocab_size, size=n) for n in (1, 2, 9, decoder.context, 17)]
     expected = logits(decoder, "portable", "all", prompts)
@@ -95,7 +93,7 @@ def test_the_portable_flavor_has_standard_operators_only(tiny_checkpoint, tmp_pa
 @pytest.mark.parametrize("flavor", ["ort", "portable"])
 def test_queries_of_the_last_block_are_made_for_one_row(tiny_checkpoint, flavor):
     """What nothing reads is not computed: no product of the last block's queries or `out` has a time axis."""
-    model = build(decoder_of(tiny_checkpoint("gelu")), flavor)
+    model = build(tiny_checkpoint("gelu").decoder, flavor)
     names = {weight for node in model.graph.node for weight in node.input if weight.startswith("blocks.1.")}
     assert {"blocks.1.q.weight", "blocks.1.kv.weight"} <= names
     assert "blocks.1.qkv.weight" not in names
@@ -108,3 +106,117 @@ def test_the_default_flavor_is_ort(tiny_checkpoint, tmp_path):
     folder, manifest = export_bundle(tiny_checkpoint("gelu"), tmp_path)
     assert manifest.flavor == "ort"
     assert {node.domain for node in onnx.load(folder / bundle.MODEL).graph.node} == {"", ORT, bundle.DOMAIN}
+
+
+def int8_gate(checkpoint, model: onnx.ModelProto, seed: int = 3) -> tuple[float, float, float, float, int]:
+    """The gate's verdict on the int8 form of `model`, as if it had been made from the checkpoint."""
+    run = opened(precision.int8(model)).run
+    return check_int8(checkpoint.decoder, checkpoint.model, run, build(checkpoint.decoder), seed)
+
+
+def test_int8_is_what_its_steps_say():
+    """By hand: a step is the largest |w| of its channel over 127, and no weight is off by more than half of one."""
+    rng = np.random.default_rng(0)
+    W = rng.normal(size=(64, 5)).astype(np.float32)
+    W[:, 2] = 0
+    q, step = precision.quantised(W)
+    assert q.dtype == np.int8
+    assert np.abs(q).max(axis=0).tolist() == [127, 127, 0, 127, 127]
+    assert (np.abs(q * step - W) <= step / 2 * 1.001).all()
+
+
+@pytest.mark.parametrize("flavor", ["ort", "portable"])
+def test_int8_quantises_every_product_and_keeps_the_rest(tiny_checkpoint, tmp_path, flavor):
+    folder, manifest = export_bundle(tiny_checkpoint("swiglu"), tmp_path, flavor=flavor, precision="int8")
+    assert (manifest.precision, manifest.flavor, manifest.quality) == ("int8", flavor, None)
+    assert 0 < manifest.parity.noise <= SAFETY_OF_NOISE
+    assert manifest.parity.max_rel <= manifest.parity.bound < 0.1
+    model = onnx.load(folder / bundle.MODEL)
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    matrices = {
+        tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2 and "rope" not in tensor.name
+    }
+    assert {name for name in matrices if types[name] != onnx.TensorProto.INT8} == {"embed"}
+    assert len(matrices) == 1 + 4 + 5 + 1  # embed; qkv or q and kv, out, up, down of two blocks; head
+    assert [node.op_type for node in model.graph.node if node.domain == bundle.DOMAIN]
+    assert [(f.domain, f.name) for f in model.functions] == [(bundle.DOMAIN, "swiglu")]
+
+
+def test_a_tensor_that_two_products_read_is_quantised_once(tiny_checkpoint):
+    model = precision.int8(build(tiny_checkpoint("gelu").decoder))
+    read = [node.input[0] for node in model.graph.node if node.op_type == "DynamicQuantizeLinear"]
+    assert len(read) == len(set(read))
+    outputs = [name for node in model.graph.node for name in node.output if name]
+    assert len(outputs) == len(set(outputs))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu", "threshold", "softmax"])
+def test_int8_shows_the_noise_that_rounding_makes(tiny_checkpoint, activation):
+    checkpoint = tiny_checkpoint(activation)
+    _, max_rel, bound, noise, _ = int8_gate(checkpoint, build(checkpoint.decoder))
+    assert max_rel <= bound
+    assert 0.7 <= noise <= SAFETY_OF_NOISE  # a bound that nothing comes near could not fail
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda name, w: w * np.float32(1.08) if name == "blocks.0.down.weight" else w,
+        lambda name, w: w * np.float32(1.08) if name == "blocks.1.qkv.weight" else w,
+        lambda name, w: w * np.float32(1.03) if name == "head.weight" else w,
+        lambda name, w: w + np.float32(0.05) if name == "head.bias" else w,
+        lambda name, w: np.roll(w, 1, axis=0) if name == "blocks.0.up.weight" else w,
+    ],
+    ids=["down 8 %", "qkv 8 %", "head 3 %", "bias", "rows of up moved"],
+)
+def test_the_int8_gate_sees_a_matrix_that_is_a_little_wrong(tiny_checkpoint, damage):
+    checkpoint = tiny_checkpoint("gelu")
+    weights = {name: damage(name, w) for name, w in checkpoint.decoder.weights.items()}
+    with pytest.raises(GateFailed, match="misses parity"):
+        int8_gate(checkpoint, build(dataclasses.replace(checkpoint.decoder, weights=weights)))
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("gelu", "relu"), ("swiglu", "geglu")])
+def test_the_int8_gate_sees_another_activation(tiny_checkpoint, right, wrong):
+    """quick_gelu in the place of gelu is less than int8's own noise: that the activation's own gate sees."""
+    checkpoint = tiny_checkpoint(right)
+    other = dataclasses.replace(checkpoint.decoder, activation=tiny_checkpoint(wrong).decoder.activation)
+    with pytest.raises(GateFailed, match="misses parity"):
+        int8_gate(checkpoint, build(other))
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_checkpoint, corpus):
+    """A checkpoint that says what it was trained on."""
+    quality = bundle.Quality(bits_per_byte=5.0, ece=0.1, corpus_sha256=corpus.sha256)
+    return dataclasses.replace(tiny_checkpoint("gelu"), quality=quality)
+
+
+def test_int8_says_what_it_loses_on_held_out_text(measured, corpus, tmp_path):
+    _, manifest = export_bundle(measured, tmp_path, precision="int8", corpus=lambda: corpus)
+    quality = manifest.quality
+    assert quality.tokens == len(corpus.ids(TINY["vocab_size"]).held_out) - 1
+    assert quality.bits_per_byte != quality.fp32_bits_per_byte
+    assert quality.bits_per_byte <= quality.fp32_bits_per_byte * 1.005
+    assert bundle.read_bundle(tmp_path / "gelu").quality == quality
+
+
+def test_int8_that_loses_too_much_is_not_written(measured, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "MOST_LOSS", -0.01)
+    with pytest.raises(GateFailed, match=r"bits per byte of held-out text, in float32 .*use --precision fp32"):
+        export_bundle(measured, tmp_path / "out", precision="int8", corpus=lambda: corpus)
+    assert not list(tmp_path.rglob("model.onnx"))
+
+
+def test_int8_is_not_measured_on_another_corpus(measured, corpus, tmp_path):
+    other = dataclasses.replace(measured, quality=measured.quality.model_copy(update={"corpus_sha256": "0" * 64}))
+    with pytest.raises(BadInput, match="name the same with --corpus"):
+        export_bundle(other, tmp_path / "out", precision="int8", corpus=lambda: corpus)
+    assert not list(tmp_path.rglob("model.onnx"))
+
+
+def test_int8_of_a_model_that_is_too_large_is_refused(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "EXTERNAL_DATA_FROM_BYTES", 1000)
+    with pytest.raises(BadInput, match="int8 is written for models of up to"):
+        export_bundle(tiny_checkpoint("gelu"), tmp_path / "out", precision="int8")
+    assert not list(tmp_path.rglob("model.onnx"))
