@@ -3,7 +3,7 @@
 //   op.cpp        an OrtCustomOp per activation, form (plain or biased), element type and provider
 //   check.cpp     shapes and types of one call -> Call, or an error that says what is allowed
 //   cpu.cpp       threads and float16 around the vector loops
-//   vector.cpp    those loops over the printed functors, compiled once for each instruction set
+//   vector.cpp    those loops over the printed functors, compiled once for each instruction set; vector_math.h
 //   cuda.cu       the device kernels over the same functors
 //   functors.h    printed by export/ops/cpp_functor.py, with a table of all activations
 #pragma once
