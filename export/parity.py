@@ -10,9 +10,10 @@ k = C, D, T, heads D, C, H (D = head_dim), and C in the head; their independent 
 
     bound = SAFETY * u * sqrt(L * (2 C + D + T + heads D + H) + C)       of a row's largest |logit|.
 
-SAFETY = 2 covers the norms, exponentials and the residual stream's growth. Default variants and every activation at
-random weights show at most 0.08 of this bound, while gelu_tanh in gelu's place, or one matrix that is off by 0.05 %,
-misses it (tests/test_ops.py, tests/test_export.py).
+SAFETY = 4 covers the norms, the residual stream's growth, and exponentials: a score of 10 multiplies its error by as
+much. Default variants and every activation at random weights show at most 0.04 of this bound, small random models of
+transformers with attention far from uniform up to 0.7, while gelu_tanh in gelu's place, or one matrix that is off
+by 0.05 %, misses it (tests/test_ops.py, tests/test_export.py).
 
 The bound of int8. Its error is rounding to known steps, so it is measured instead of bounded: the float32 graph,
 itself held to the bound above, runs DRAWS times with random errors of the quantisers' own steps (export/precision.py).
@@ -41,7 +42,7 @@ from export.ops.check import check_activation, open_session
 from export.ops.error_bound import TINY, UNIT
 from models.decoder import Decoder
 
-SAFETY = 2
+SAFETY = 4
 SAFETY_OF_NOISE, SAFETY_OF_LARGEST, DRAWS = 1.25, 2, 4  # of int8
 PROBES = 12
 LONGEST_PROBE, LONGEST_RANDOM_PROBE = 1024, 128  # tokens; 4,300 in all: at 124M parameters 5,000 more take 30 s
