@@ -55,6 +55,24 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable)
     return out
 
 
+@pytest.fixture(scope="session")
+def fused(tmp_path_factory: pytest.TempPathFactory):
+    """The library of fused operators, built once for all test processes; skips where there is no C++ compiler."""
+    import fcntl
+
+    from actuary import BadInput
+    from export.ops.build import build
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / "fused.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return build(shared / "fused", cuda=False)[0]
+        except BadInput as error:
+            pytest.skip(str(error))
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -127,6 +127,8 @@ class _Reader:
         if operation == "mul" and arguments[0] == 1.0:
             return arguments[1]
         name = f"{operation}_{len(self.steps)}"
+        if name in self.record.learned:
+            name += "_"
         self.steps.append(Step(name, operation, arguments))
         return name
 
