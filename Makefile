@@ -14,18 +14,19 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ACTUARY := $(BIN)/actuary
 CHECKPOINTS := $(ARTIFACTS)/checkpoints
 BUNDLES := $(ARTIFACTS)/bundles
+OPS := $(ARTIFACTS)/ops
 # A stamp for each length: other STEPS go through `actuary train`, which keeps what fits and refuses what does not.
 TRAINED := $(CHECKPOINTS)/.trained-$(STEPS)
 EXPORTED := $(BUNDLES)/.exported
 
-.PHONY: up test lint format docs train export serve load gpu-check clean help
+.PHONY: up test lint format docs train export ops serve load gpu-check clean help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help: ## What each target does
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-up: $(EXPORTED) serve ## Virtual environment, install, train the default set, export, serve
+up: $(EXPORTED) ops serve ## Virtual environment, install, train the default set, export, build the fused operators, serve
 
 # torch comes first and by its exact version: what depends on it would pull another build.
 $(VENV)/.installed: pyproject.toml
@@ -48,12 +49,18 @@ $(EXPORTED): $(TRAINED) | $(VENV)/.installed
 	$(ACTUARY) export $(CHECKPOINTS) --out $(BUNDLES)
 	@touch $@
 
+# Without a compiler there is no library, and everything runs all the same.
+$(OPS)/library.json: models/activations.py $(wildcard export/ops/*.py export/ops/native/*) | $(VENV)/.installed
+	@$(ACTUARY) ops build --out $(OPS) || echo "no fused operators: activations run inlined, slower and with the same numbers"
+
+ops: $(OPS)/library.json ## Compile the fused operators, where they are not there
+
 train: $(TRAINED) ## Train the default set, where it is not there
 
 export: $(EXPORTED) ## Export what was trained, where it is not there
 
 serve: | $(VENV)/.installed ## Serve what was exported
-	$(ACTUARY) serve --bundles $(BUNDLES) --port $(PORT)
+	$(ACTUARY) serve --bundles $(BUNDLES) --ops $(OPS) --port $(PORT)
 
 load: | $(VENV)/.installed ## Load on the running service, one row per variant
 	$(ACTUARY) load --url http://127.0.0.1:$(PORT)
