@@ -41,7 +41,7 @@ ROOMS = ("models", "export", "service", "loadtest")
 VERBS: dict[str, tuple[str, str, str]] = {
     "list": ("export.cli:list_", "train", "Every activation of the registry."),
     "train": ("models.cli:train", "train", "Train variants of a small GPT, one per activation."),
-    "explain": ("export.cli:explain", "train", "One activation: formula, kind, paper, ONNX function."),
+    "explain": ("export.cli:explain", "train", "One activation: formula, kind, paper; as ONNX, C++ and CUDA."),
     "export": ("export.cli:export", "train", "Turn checkpoints into ONNX bundles that run anywhere."),
     "inspect": ("export.cli:inspect", "", "What is in a bundle."),
     "swap": ("models.cli:swap", "train", "Another activation for a transformers checkpoint, tuned."),

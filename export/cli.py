@@ -212,7 +212,7 @@ def inspect(folder: Path, as_json: bool) -> None:
 @click.argument("activation")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 def explain(activation: str, as_json: bool) -> None:
-    """One activation: formula, kind, paper, learned scalars, and the ONNX function that is its meaning.
+    """One activation: formula, kind, paper, learned scalars, and its three forms: ONNX, C++, CUDA.
 
     \b
     Example: actuary explain swiglu
@@ -220,29 +220,36 @@ def explain(activation: str, as_json: bool) -> None:
     import onnx
 
     from export.catalogue import describe
+    from export.ops.cpp_functor import cpp_functor
     from export.ops.onnx_function import onnx_function
     from export.ops.trace import trace
     from models.activations import get
 
     record = get(activation)
     info, expression = describe(record), trace(record)
-    function = onnx.printer.to_text(onnx_function(record.name, expression))
+    fused = expression.elementwise
+    forms = {
+        "onnx": onnx.printer.to_text(onnx_function(record.name, expression)),
+        "cpp": cpp_functor(record.name, expression) if fused else None,
+        "cuda": cpp_functor(record.name, expression, cuda=True) if fused else None,
+    }
     if as_json:
-        click.echo(
-            json.dumps(
-                {**info.model_dump(exclude={"curve"}), "elementwise": expression.elementwise, "onnx": function},
-                indent=2,
-            )
-        )
+        known = {**info.model_dump(exclude={"curve"}), "elementwise": fused, "fused": fused}
+        click.echo(json.dumps({**known, **forms}, indent=2))
         return
     console = Console(highlight=False)
     console.print(f"[bold]{info.name}[/]  {escape(info.formula)}", soft_wrap=True)
     console.print(f"{info.kind}; {escape(info.paper)}", soft_wrap=True)
     if info.learned:
         console.print("learned: " + ", ".join(f"{name}, starting at {start:g}" for name, start in info.learned.items()))
-    if not expression.elementwise:
-        console.print("over the hidden axis: exported as standard operators, never fused")
-    console.print(function, markup=False)
+    if fused:
+        console.print("each element alone: one fused loop where `actuary ops build` was run, else the function inlined")
+    else:
+        console.print("over the hidden axis: exported as standard operators, never fused; so no C++ and no CUDA form")
+    for name, title in (("onnx", "ONNX function"), ("cpp", "C++ functor"), ("cuda", "CUDA functor")):
+        if text := forms[name]:
+            console.print(f"\n[bold]{title}[/]")
+            console.print(text.rstrip(), markup=False, soft_wrap=True)
 
 
 @click.command("list")

@@ -453,6 +453,18 @@ def test_min_and_max_hand_nan_on_from_either_side(words):
     assert np.isnan(run(one_node(record), {"x": np.array([np.nan] * 17, np.float32)}, built)).all()
 
 
+def test_explain_shows_the_three_forms():
+    shown = actuary("explain", "swish").stdout
+    assert 'Sigmoid ("t.0")' in shown
+    assert "1.0f / (1.0f + expf(-mul_0))" in shown
+    assert "__device__ float operator()(float x) const" in shown
+    forms = json.loads(actuary("explain", "swiglu", "--json").stdout)
+    assert forms["cpp"] == cpp_functor("swiglu", trace(get("swiglu")))
+    assert (forms["fused"], "__device__" in forms["cuda"], "Split" in forms["onnx"]) == (True, True, True)
+    solu = json.loads(actuary("explain", "solu", "--json").stdout)
+    assert (solu["fused"], solu["cpp"], solu["cuda"]) == (False, None, None)
+
+
 def test_a_hidden_axis_has_no_functor():
     with pytest.raises(BadInput, match="'solu' looks at the whole hidden axis: it has no function of one element"):
         cpp_functor("solu", trace(get("solu")))
