@@ -232,6 +232,7 @@ def _model(variant: Variant) -> dict[str, Any]:
         "root": variant.name,
         "provider": variant.provider,
         "unfused": variant.unfused,
+        "audit": variant.audit.summary,
         **facts,
     }
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import onnxruntime
 
 from actuary import BadInput
+from export.audit import CPU, CUDA, RECORD, cannot_run, check_precision
 from export.bundle import ActivationInfo
 from export.ops import library
 from export.ops.library import Library
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 FATAL = 4  # what goes wrong with a bundle is raised and reported by us; ONNX Runtime's own log repeats it
 
 
@@ -45,20 +45,33 @@ class Runtime:
         if self._cuda:
             self._preload()
 
-    def unfused(self, activation: ActivationInfo) -> str:
+    @property
+    def strict(self) -> bool:
+        """Whether CUDA was asked for by name, so that nothing may quietly run elsewhere."""
+        return self._asked == "cuda"
+
+    def why_cpu(self, precision: str) -> str:
+        """Why a graph of that precision runs on the CPU though CUDA is here; empty where it does not."""
+        return cannot_run(precision, CUDA) if self._cuda and not self.strict else ""
+
+    def unfused(self, activation: ActivationInfo, precision: str = "fp32") -> str:
         """Why sessions of a graph with that activation run it unfused; empty where they run our kernel."""
         if not self.ops:
             return self.no_ops
-        return self.ops.why_not(activation.name, activation.digest, cuda=self._cuda)
+        cuda = self._cuda and not self.why_cpu(precision)
+        return self.ops.why_not(activation.name, activation.digest, cuda=cuda)
 
-    def open(self, model: Path, activation: ActivationInfo | None = None) -> Any:
+    def open(self, model: Path, activation: ActivationInfo | None = None, precision: str = "fp32") -> Any:
         """An InferenceSession of `model`; raises what ONNX Runtime raises where it is not a good one.
 
         Args:
             activation: of the graph; with it, the fused operators are used where `unfused` says nothing against it.
+            precision: of the graph; BadInput where the provider has no kernels for it.
         """
-        if not self._cuda:
+        if not self._cuda or self.why_cpu(precision):
+            check_precision(precision, CPU)
             return self._session(model, [CPU], activation)
+        check_precision(precision, CUDA)
         try:
             session = self._session(model, [CUDA, CPU], activation)
             if CUDA in session.get_providers():
@@ -66,6 +79,11 @@ class Runtime:
             reason = self._preload_said or "its libraries do not load"
         except Exception as error:
             reason = str(error)
+        if cannot_run(precision, CPU):
+            raise BadInput(
+                f"CUDA does not open it ({reason.partition(': ')[0]}), and the CPU has no kernels for {precision}; "
+                "check the driver with nvidia-smi, or export it again with --precision fp32"
+            )
         session = self._session(model, [CPU], activation)  # a model that fails here too is itself bad
         self._without_cuda(reason)
         return session
@@ -93,6 +111,7 @@ class Runtime:
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry(RECORD, "1")
         if self.ops and activation and not self.ops.why_not(activation.name, activation.digest, CUDA in providers):
             library.register(options, self.ops)
         return onnxruntime.InferenceSession(str(model), options, providers=providers, enable_fallback=0)

@@ -68,6 +68,9 @@ def _announce(service: Service, port: int) -> None:
     for reason in dict.fromkeys(v.unfused for v in library.variants.values() if v.unfused):
         names = ", ".join(v.name for v in library.variants.values() if v.unfused == reason)
         click.echo(f"  unfused {names}: {reason}", err=True)
+    for variant in library.variants.values():
+        for note in variant.audit.notes:
+            click.echo(f"  {variant.name}: {note}", err=True)
     url, body = f"http://{host}:{port}", '{"model": "*", "prompt": "if x is not", "top_k": 3}'
     count = f"{len(library.variants)} variant" + "s" * (len(library.variants) != 1)
     click.echo(f"actuary: {count} on {url}/ (the page), {url}/docs; try it:", err=True)

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actuary import BadInput
-from export import bundle
+from export import bundle, onnx_file
+from export.audit import RUNS, Audit, audit, check_file, check_placement
 from export.bundle import Manifest
 from service.runtime import Runtime
 from service.vocabulary import Vocabulary
@@ -45,6 +46,7 @@ class Variant:
     session: Any  # onnxruntime.InferenceSession
     provider: str
     unfused: str  # why its activation runs as standard operators; empty where it runs our kernel
+    audit: Audit
 
     @property
     def name(self) -> str:
@@ -73,13 +75,35 @@ def open_variant(folder: Path, runtime: Runtime, vocabulary: Callable[[Path, str
             f"{bundle.TOKENIZER} has ids up to {tokenizer.size - 1}, the model's vocabulary has "
             f"{manifest.vocab_size}; export it again with its own tokenizer"
         )
-    session = runtime.open(folder / bundle.MODEL, manifest.activation_info)
+    file = onnx_file.read(folder / bundle.MODEL)
+    check_file(file, manifest.opset)
+    session = runtime.open(folder / bundle.MODEL, manifest.activation_info, manifest.precision)
+    found = _audited(session, file, manifest, runtime)
     _check_signature("input", _INPUTS, session.get_inputs())
     _check_signature("output", _OUTPUTS, session.get_outputs())
-    unfused = runtime.unfused(manifest.activation_info)
-    variant = Variant(manifest, tokenizer, session, session.get_providers()[0], unfused)
+    unfused = _unfused(found, runtime.unfused(manifest.activation_info, manifest.precision))
+    variant = Variant(manifest, tokenizer, session, found.provider, unfused, found)
     _warm_up(variant)
     return variant
+
+
+def _audited(session: Any, file: onnx_file.OnnxFile, manifest: Manifest, runtime: Runtime) -> Audit:
+    """Where its nodes went; BadInput where CUDA was asked for by name and part of the work would run elsewhere."""
+    found = audit(session, file, manifest.precision)
+    if runtime.strict:
+        check_placement(found)
+    if why := runtime.why_cpu(manifest.precision):
+        return found.model_copy(update={"notes": (*found.notes, f"on the CPU: {why}")})
+    return found
+
+
+def _unfused(found: Audit, reason: str) -> str:
+    """Why the activation runs as standard operators; empty where it runs our kernel."""
+    if found.activation == "fused":
+        return ""
+    if found.activation == "standard":
+        return RUNS["standard"]
+    return reason or "the library has no kernel for the types of this graph"
 
 
 def _check_signature(what: str, expected: dict[str, tuple[str, int]], found: Sequence[Any]) -> None:

@@ -143,7 +143,9 @@ def test_the_service_image_holds_no_training_code() -> None:
     assert not {path.parts[0] for path in _copied("service")} & {"models", "loadtest", "tests"}
     assert {path for path in _copied("service") if path.parts[0] == "export"} == {
         Path("export/__init__.py"),
+        Path("export/audit.py"),
         Path("export/bundle.py"),
+        Path("export/onnx_file.py"),
         Path("export/ops/__init__.py"),
         Path("export/ops/library.py"),
     }
