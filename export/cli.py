@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,9 @@ from rich.table import Table
 from actuary import ActuaryError, BadInput
 
 if TYPE_CHECKING:
+    from export.bundle import Manifest
     from export.exporter import Checkpoint
+    from export.inspection import Inspection
     from models.gpt import ActuaryConfig
 
 errors = Console(stderr=True)
@@ -163,19 +166,57 @@ def _random(name: str, config: ActuaryConfig) -> Checkpoint:
 
 @click.command()
 @click.argument("folder", metavar="BUNDLE", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--json", "as_json", is_flag=True, help="The manifest as one JSON document on standard output.")
-def inspect(folder: Path, as_json: bool) -> None:
-    """What is in a bundle, after its files were found to be the ones its manifest names.
+@click.option(
+    "--provider",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to open it: auto is CUDA where it loads, else the CPU; cuda refuses what would fall to the CPU.",
+)
+@click.option(
+    "--ops",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("artifacts/ops"),
+    show_default=True,
+    help="Folder of `actuary ops build`.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Manifest and audit, node by node, as one JSON document.")
+def inspect(folder: Path, provider: Literal["auto", "cpu", "cuda"], ops: Path, as_json: bool) -> None:
+    """What is in a bundle, where its nodes run here, and one block as it was loaded.
+
+    Its files are found to be the ones its manifest names; then it is opened as the service would open it.
 
     \b
-    Example: actuary inspect artifacts/bundles/gelu
+    Examples:
+      actuary inspect artifacts/bundles/gelu
+      actuary inspect artifacts/bundles/gelu --ops /nowhere     # without the fused operators
     """
+    from export.audit import check_placement
     from export.bundle import read_bundle
+    from export.inspection import draw_block, inspect_bundle
 
     manifest = read_bundle(folder)
+    found: Inspection | None = None
+    refused: BadInput | None = None
+    try:
+        found = inspect_bundle(folder, manifest, provider, ops)
+        if provider == "cuda":
+            check_placement(found.audit)
+    except BadInput as error:  # what is in it is told all the same
+        refused = error
     if as_json:
-        click.echo(manifest.to_json(), nl=False)
-        return
+        audit = {**found.audit.model_dump(mode="json"), "unfused": found.unfused} if found else None
+        click.echo(json.dumps({**json.loads(manifest.to_json()), "audit": audit}, indent=2))
+    else:
+        console = Console()
+        console.print(_described(folder, manifest, found))
+        if found:
+            console.print("\n" + draw_block(found, manifest), markup=False, highlight=False, soft_wrap=True)
+    if refused:
+        raise refused
+
+
+def _described(folder: Path, manifest: Manifest, found: Inspection | None) -> Table:
     table = Table(box=None, show_header=False)
     table.add_column(style="bold")
     table.add_column()
@@ -202,10 +243,34 @@ def inspect(folder: Path, as_json: bool) -> None:
             name: f"sha256 {digest[:16]}..., {(folder / name).stat().st_size:,} bytes"
             for name, digest in manifest.files.items()
         },
+        **(_audited(found) if found else {}),
     }
     for key, value in rows.items():
         table.add_row(key, escape(value))
-    Console().print(table)
+    return table
+
+
+def _audited(found: Inspection) -> dict[str, str]:
+    """Rows of the audit: how the activation runs, and each provider's nodes by operator."""
+    from export.audit import RUNS
+
+    audit = found.audit
+    why = f"; {found.unfused}" if audit.activation == "inlined" and found.unfused else ""
+    rows = {"activation runs": f"{audit.activation}: {RUNS[audit.activation]}{why}"}
+    for provider, count in audit.counts.items():
+        operators = Counter(
+            f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+            for node in audit.nodes
+            if node.provider == provider
+        )
+        rows[provider.removesuffix("ExecutionProvider") + " runs"] = f"{count} nodes: " + ", ".join(
+            f"{name} {times}" for name, times in operators.most_common()
+        )
+    for n, note in enumerate(audit.notes):
+        rows["note" + f" {n + 1}" * (len(audit.notes) > 1)] = note
+    if found.foreseen:
+        rows["on CUDA"] = f"refused: {found.foreseen}"
+    return rows
 
 
 @click.command()

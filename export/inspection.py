@@ -1,0 +1,213 @@
+"""Opens a bundle as the service would, audits it, and draws one block from the nodes that it then has.
+
+Called by `actuary inspect`. ONNX Runtime saves the graph as it stands after inlining and fusing; the block is what
+lies, in that graph, between the weights called `blocks.0.`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnxruntime
+
+from actuary import BadInput
+from export import bundle, onnx_file
+from export.audit import CPU, CUDA, RECORD, Audit, audit, cannot_run, check_file, check_precision, foreseen_on_cuda
+from export.bundle import Manifest
+from export.onnx_file import OnnxFile
+from export.ops import library
+from export.ops.library import Library
+
+FATAL = 4  # what goes wrong is raised and reported by us
+WIDTH = 100  # columns of the drawing
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    audit: Audit
+    graph: OnnxFile  # as loaded; its nodes are the audit's, in their order
+    unfused: str  # why no kernel of ours runs; empty where one may
+    foreseen: str  # where it runs on the CPU: what would keep it from CUDA; empty where nothing is known to
+
+
+def inspect_bundle(folder: Path, manifest: Manifest, provider: Literal["auto", "cpu", "cuda"], ops: Path) -> Inspection:
+    """BadInput where the runtime here cannot run it; what fell to the CPU is for the caller to judge.
+
+    Args:
+        ops: folder of the fused operators; there may be none.
+    """
+    path = folder / bundle.MODEL
+    file = onnx_file.read(path)
+    check_file(file, manifest.opset)
+    built, info = library.find(ops), manifest.activation_info
+    cuda = _may_have_cuda(provider) and not (provider == "auto" and cannot_run(manifest.precision, CUDA))
+    while True:
+        providers = [CUDA, CPU] if cuda else [CPU]
+        check_precision(manifest.precision, providers[0])
+        unfused = built.why_not(info.name, info.digest, cuda) if built else f"there are no fused operators in {ops}"
+        with tempfile.TemporaryDirectory() as scratch:
+            saved = Path(scratch) / bundle.MODEL
+            session = _open(path, providers, None if unfused else built, saved)
+            graph = onnx_file.read(saved)
+        if session.get_providers()[0] == providers[0]:
+            break
+        if provider == "cuda":
+            raise BadInput("--provider cuda: CUDA does not run here; check nvidia-smi, or use --provider cpu")
+        cuda = False  # its libraries do not load
+    found = audit(session, file, manifest.precision, graph)
+    return Inspection(found, graph, unfused, "" if cuda else foreseen_on_cuda(file, manifest.precision))
+
+
+def _may_have_cuda(provider: Literal["auto", "cpu", "cuda"]) -> bool:
+    if provider == "cpu":
+        return False
+    onnxruntime.set_default_logger_severity(FATAL)
+    if CUDA not in onnxruntime.get_available_providers():
+        if provider == "cuda":
+            raise BadInput("--provider cuda: this onnxruntime was built without CUDA; use --provider cpu")
+        return False
+    with contextlib.redirect_stdout(io.StringIO()):  # it says where it looked, and the session whether it found
+        onnxruntime.preload_dlls()
+    return True
+
+
+def _open(path: Path, providers: list[str], ops: Library | None, saved: Path) -> Any:
+    """A session of `path` that wrote its graph to `saved`, with the weights in a file beside it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = FATAL
+    options.optimized_model_filepath = str(saved)
+    for key, value in (
+        (RECORD, "1"),
+        ("session.optimized_model_external_initializers_file_name", "weights"),
+        ("session.optimized_model_external_initializers_min_size_in_bytes", "1024"),
+    ):
+        options.add_session_config_entry(key, value)
+    if ops:
+        library.register(options, ops)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime raises its own classes, without a public base
+        raise BadInput(f"onnxruntime does not open {path}: {error}") from error
+
+
+class _Graph:
+    """Who feeds whom; nodes by their index."""
+
+    def __init__(self, graph: OnnxFile) -> None:
+        self.nodes, self.weights = graph.nodes, graph.weights
+        self.makers = {name: i for i, node in enumerate(graph.nodes) for name in node.outputs if name}
+        self.before = [{self.makers[name] for name in node.inputs if name in self.makers} for node in graph.nodes]
+        self.after: list[set[int]] = [set() for _ in graph.nodes]
+        for i, makers in enumerate(self.before):
+            for maker in makers:
+                self.after[maker].add(i)
+
+    def reading(self, *prefixes: str) -> set[int]:
+        """Nodes that read a weight whose name begins so, and are not operators of ours."""
+        return {
+            i
+            for i, node in enumerate(self.nodes)
+            if node.domain != bundle.DOMAIN
+            and any(name.startswith(prefixes) and name in self.weights for name in node.inputs)
+        }
+
+    def behind(self, start: Iterable[int]) -> set[int]:
+        return self._reached(start, self.after)
+
+    def between(self, start: Iterable[int], end: Iterable[int]) -> set[int]:
+        """Nodes on a way from `start` to `end`, without those two."""
+        start, end = set(start), set(end)
+        return (self.behind(start) & self._reached(end, self.before)) - start - end
+
+    def meeting(self, start: set[int], end: set[int]) -> tuple[int, str]:
+        """The node on the way from `start` to `end` where another tensor is added first, and that tensor."""
+        behind = self.behind(start) | start
+        on_the_way = (self.between(start, end) | end) - start
+        for i in sorted(on_the_way, key=lambda i: len(self._reached([i], self.before))):
+            for name in self.nodes[i].inputs:
+                if name in self.makers and self.makers[name] not in behind:
+                    return i, name
+        raise KeyError
+
+    @staticmethod
+    def _reached(start: Iterable[int], edges: list[set[int]]) -> set[int]:
+        seen: set[int] = set()
+        todo = list(start)
+        while todo:
+            new = edges[todo.pop()] - seen
+            seen |= new
+            todo += new
+        return seen
+
+
+def draw_block(found: Inspection, manifest: Manifest) -> str:
+    """Block 0 as it was loaded, top to bottom, the residual stream on the left; empty where it is not to be found."""
+    g = _Graph(found.graph)
+    at = "blocks.0."
+    norm1, out, norm2, up, down = (
+        g.reading(f"{at}{role}.") for role in ("attention_norm", "out", "ffn_norm", "up", "down")
+    )
+    qkv = g.reading(f"{at}qkv.", f"{at}q.", f"{at}kv.")
+    end = g.reading("blocks.1.attention_norm.") or g.reading("norm.")
+    if not all((norm1, qkv, out, norm2, up, down, end)):
+        return ""
+    try:
+        (add1, x), (add2, _) = g.meeting(out, norm2), g.meeting(down, end)
+    except KeyError:
+        return ""
+    act = g.between(up, down)
+    runs = found.audit.activation
+    where = {
+        "attention_norm": norm1 | g.between([g.makers[x]], norm1),
+        "qkv": qkv,
+        "attention": g.between(norm1, out) - qkv,
+        "out": out | g.between(out, [add1]),
+        "+": {add1},
+        "ffn_norm": norm2 | g.between([add1], norm2),
+        "up": up | g.between(norm2, up),
+        manifest.activation: act,
+        "down": down | g.between(down, [add2]),
+        "+ ": {add2},
+    }
+    texts = {label: _operators(found.graph, nodes, at) for label, nodes in where.items()}
+    texts[manifest.activation] = f"{runs}: {texts[manifest.activation] or 'within ' + texts['up']}"
+    if add1 in norm2:
+        texts["+"] = "within ffn_norm's operator"
+    if add2 in end:
+        texts["+ "] = "within the next norm's operator"
+    stream = f"x [B, T, {manifest.dim}]"
+    width = max(map(len, where))
+    room = WIDTH - len("  |   |     ") - width - len("  CPU+CUDA")
+    lines = [f"block 0 of {manifest.layers} as it was loaded", "", f"      {stream}"]
+    for label, nodes in where.items():
+        if label in ("attention_norm", "ffn_norm"):
+            lines.append("  .---|")
+        left = "  '-> +" if label.strip() == "+" else "  |   |"
+        places = {found.audit.nodes[i].provider.removesuffix("ExecutionProvider") for i in nodes}
+        shown = "" if label.strip() == "+" else label
+        place = "+".join(sorted(places))
+        for text in textwrap.wrap(texts[label], room):
+            lines.append(f"{left}   {shown:<{width}}  {text.replace(NO_BREAK, ' '):<{room}}  {place}".rstrip())
+            left, shown, place = "  |   |", "", ""
+    return "\n".join([*lines, f"      {stream}"])
+
+
+def _operators(graph: OnnxFile, nodes: Iterable[int], at: str) -> str:
+    """Their operators in order, "Reshape x3, MatMul [32x96]": how often, and the shape of a matrix of the block."""
+    count: Counter[str] = Counter()
+    for i in sorted(nodes):
+        node = graph.nodes[i]
+        read = [graph.weights.get(name, ()) for name in node.inputs if name.startswith(at)]
+        matrices = [dims for dims in read if len(dims) == 2]
+        shape = next((f"{NO_BREAK}[{rows}x{columns}]" for rows, columns in matrices), "")
+        count[f"{node.domain}::{node.op_type}" if node.domain == bundle.DOMAIN else node.op_type + shape] += 1
+    return ", ".join(name if times == 1 else f"{name}{NO_BREAK}x{times}" for name, times in count.items())
