@@ -11,6 +11,8 @@ and subnormals: `relu` and `min`/`max` hand NaN on, `sigmoid` and `softplus` nev
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from actuary import BadInput
@@ -29,6 +31,7 @@ _TEMPLATES = {
     "maximum": "({0} > {1}) | ({0} != {0}) ? {0} : {1}",  # a NaN in {1} wins by losing every comparison
     "minimum": "({0} < {1}) | ({0} != {0}) ? {0} : {1}",
 }  # fmt: skip
+_TIMES_SIGMOID = "{0} / (1.0f + expf(-{1}))"  # {0} * sigmoid({1}), also where e^-x is inf: 0, and inf * 0 is NaN
 # x^n as products, which are vector code everywhere and round less often than powf errs (error_bound.py).
 _WHOLE_POWERS = {
     -2.0: "1.0f / ({0} * {0})", -1.0: "1.0f / {0}", 0.0: "1.0f", 0.5: "sqrtf({0})",
@@ -65,6 +68,21 @@ def literal(value: float) -> str:
     return f"(-{text})" if np.signbit(single) else text
 
 
+def _quotients(expression: Expression) -> tuple[dict[str, tuple[Ref, Ref]], set[str]]:
+    """Products a * sigmoid(b) -> (a, b), and the sigmoids that nothing else reads: one division does for both."""
+    sigmoids = {step.name: step.arguments[0] for step in expression.steps if step.operation == "sigmoid"}
+    uses = Counter([expression.result, *(ref for step in expression.steps for ref in step.arguments)])
+    found: dict[str, tuple[Ref, Ref]] = {}
+    absorbed: set[str] = set()
+    for step in expression.steps:
+        alone = [ref for ref in step.arguments if ref in sigmoids and uses[ref] == 1]
+        if step.operation == "mul" and alone:
+            sigmoid = str(alone[-1])
+            other = step.arguments[step.arguments[0] == sigmoid]
+            found[step.name], absorbed = (other, sigmoids[sigmoid]), absorbed | {sigmoid}
+    return found, absorbed
+
+
 def cpp_functor(name: str, expression: Expression, cuda: bool = False) -> str:
     """The struct of activation `name`; BadInput where the expression looks at the whole hidden axis.
 
@@ -90,12 +108,17 @@ def cpp_functor(name: str, expression: Expression, cuda: bool = False) -> str:
         + " {}",
         f"  {where}float operator()({', '.join(f'float {tensor}' for tensor in expression.tensors)}) const {{",
     ]
+    quotients, absorbed = _quotients(expression)
     for step in expression.steps:
-        template = _TEMPLATES[step.operation]
-        if step.operation == "pow" and not isinstance(step.arguments[1], str):
-            template = _WHOLE_POWERS.get(step.arguments[1], template)
+        if step.name in absorbed:
+            continue
+        template, arguments = _TEMPLATES[step.operation], step.arguments
+        if step.operation == "pow" and not isinstance(arguments[1], str):
+            template = _WHOLE_POWERS.get(arguments[1], template)
+        if step.name in quotients:
+            template, arguments = _TIMES_SIGMOID, quotients[step.name]
         kind = "bool" if step.operation in _COMPARISONS else "float"
-        lines.append(f"    const {kind} {step.name} = {template.format(*map(operand, step.arguments))};")
+        lines.append(f"    const {kind} {step.name} = {template.format(*map(operand, arguments))};")
         names[step.name] = step.name
     lines += [f"    return {operand(expression.result)};", "  }", "};"]
     return "\n".join(lines) + "\n"
