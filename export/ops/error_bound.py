@@ -6,7 +6,7 @@ slopes come from autograd in float64, so a new activation brings its own bound. 
 and by the tests of every derived form.
 
 Three arithmetics: ONNX Runtime's operators one by one in float32 (FLOAT32) and in float16 (FLOAT16), and our kernels,
-which are float32 throughout (KERNEL); `rounded_to_half` is what their float16 form adds.
+which are float32 throughout (KERNEL); `rounded_to` is what their 16-bit forms add.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ADDS: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 # The kernels' vector functions promise 4 units in the last place, at most 8 of roundoff: glibc's manual says so of
 # libmvec, CUDA promises 2, and ours (native/vector_math.h) are measured. Seen over one float32 in 397, on AVX-512, AVX2
-# and SSE2: exp 3.0, tanh 5.4, erf 5.9, expm1 3.3, log 5.7, log1p 3.3, sin 2.8, cos 2.7, atan 3.1, pow 1.1. sigmoid, as
+# and SSE2: exp 3.3, tanh 5.4, erf 5.9, expm1 3.3, log 5.7, log1p 3.3, sin 2.8, cos 2.7, atan 3.1, pow 1.1. sigmoid, as
 # 1 / (1 + exp(-x)), carries exp's and rounds twice; softplus, log1p(exp(x)), carries at most exp's and has log1p's;
 # rsqrt rounds the root and the quotient.
 _KERNEL_ADDS = _ADDS | {
@@ -64,15 +64,21 @@ class Arithmetic:
 
 FLOAT32 = Arithmetic(UNIT, TINY, torch.float32, _ADDS)
 KERNEL = Arithmetic(UNIT, 2 * TINY, torch.float32, _KERNEL_ADDS)  # exp is 0 below 1.7e-38 (native/vector_math.h)
-HALF_UNIT, HALF_STEP, HALF_MAX = 2.0**-11, 2.0**-24, 65504.0  # of float16: roundoff, subnormals' spacing, largest value
+# Of each 16-bit type: roundoff, subnormals' spacing, largest value.
+SIXTEEN_BITS = {
+    "float16": (2.0**-11, 2.0**-24, 65504.0),
+    "bfloat16": (2.0**-8, 2.0**-133, (2 - 2.0**-7) * 2.0**127),
+}
+HALF_UNIT, HALF_STEP, HALF_MAX = SIXTEEN_BITS["float16"]
 FLOAT16 = Arithmetic(HALF_UNIT, HALF_STEP, torch.float16, _ADDS)
 
 
-def rounded_to_half(value: Tensor, bound: Tensor) -> Tensor:
-    """The bound after one more rounding, of a float32 within `bound` of `value` to float16. Infinite where the result
-    may overflow."""
+def rounded_to(type: str, value: Tensor, bound: Tensor) -> Tensor:
+    """The bound after one more rounding, of a float32 within `bound` of `value` to a 16-bit type. Infinite where the
+    result may overflow."""
+    unit, step, most = SIXTEEN_BITS[type]
     largest = value.abs() + bound
-    return torch.where(largest < HALF_MAX, bound + HALF_UNIT * largest + HALF_STEP / 2, torch.inf)
+    return torch.where(largest < most, bound + unit * largest + step / 2, torch.inf)
 
 
 def value_and_bound(
