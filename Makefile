@@ -68,8 +68,8 @@ load: | $(VENV)/.installed ## Load on the running service, one row per variant
 test: $(VENV)/.installed-dev ## Every test that this machine can run
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-gpu-check: $(VENV)/.installed-dev ## The tests that need a CUDA device, with the reason where there is none
-	$(BIN)/python -m pytest -m gpu -rs
+gpu-check: $(VENV)/.installed-dev ## On a CUDA device: check and measure the fused operators, write a section for docs/log.md
+	$(BIN)/python -m export.ops.gpu_check --out $(ARTIFACTS)/gpu-check
 
 lint: $(VENV)/.installed-dev ## ruff and strict mypy
 	$(BIN)/ruff check .

@@ -70,6 +70,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 """
+TRAPS = "-fsanitize=undefined -fsanitize-undefined-trap-on-error"  # a pack that is not aligned ends the process
 NVCC = """#!{python}
 import os, sys
 given = sys.argv[1:]
@@ -78,7 +79,7 @@ if "--version" in given:
 elif "--list-gpu-code" in given:
     print("sm_80 sm_89 sm_90 sm_120")
 else:
-    made = ["c++", "-fPIC", "-fvisibility=hidden", "-I{shim}", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    made = ["c++", "-fPIC", "-fvisibility=hidden", "-I{shim}", *"{traps}".split()]
     while given:
         word = given.pop(0)
         if word in ("--threads", "-ccbin", "-cudart"):
@@ -99,14 +100,20 @@ def replaced(text: str, pattern: str, by: str) -> str:
     return new
 
 
-def built(folder: Path) -> Library:
-    """The library of all activations into `folder`, its CUDA operators as the CPU's."""
+def built(folder: Path, *changes: tuple[str, str]) -> Library:
+    """The library of all activations into `folder`, its CUDA operators as the CPU's.
+
+    Args:
+        changes: of cuda.cu, (pattern, by): faults that must be seen.
+    """
     native, shim, nvcc = folder / "native", folder / "shim", folder / "nvcc"
     native.mkdir(parents=True)
     shim.mkdir()
     for source in build.NATIVE.iterdir():
         text = source.read_text()
         if source.name == "cuda.cu":
+            for pattern, by in changes:
+                text = replaced(text, pattern, by)
             text = replaced(text, r"<<<(.*), kThreads, 0, stream>>>\(call\)", r", \1, kThreads, stream, call)")
             text = replaced(text, r"  kernel<F, T, kWidth>(?=,)", "  launch_here(kernel<F, T, kWidth>")
         if source.name == "op.cpp":
@@ -116,7 +123,7 @@ def built(folder: Path) -> Library:
         (native / source.name).write_text(text)
     for name, text in (("cuda_runtime.h", RUNTIME), ("cuda_fp16.h", FP16), ("cuda_bf16.h", BF16)):
         (shim / name).write_text(text)
-    nvcc.write_text(NVCC.format(python=sys.executable, shim=shim))
+    nvcc.write_text(NVCC.format(python=sys.executable, shim=shim, traps=TRAPS))
     nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NVCC", str(nvcc))

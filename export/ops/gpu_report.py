@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 Row = dict[str, Any]
+FIGURES = {
+    "gb_per_s": ".0f",
+    "share_of_copy": ".2f",
+    "of_unfused": ".2f",
+}  # of the fused kernel, and how each is printed
 
 
 def markdown(result: Row) -> str:
@@ -47,7 +52,7 @@ def _speed(rows: list[Row]) -> list[str]:
         body.append([
             row["activation"], row["type"], str(row["rows"]), str(row["hidden"]),
             *(_spread(row.get(way), "us") for way in ways),
-            *(f"{fused[key]:.3g}" if key in fused else "-" for key in ("gb_per_s", "share_of_copy", "of_unfused")),
+            *(f"{fused[key]:{f}}" if key in fused else "-" for key, f in FIGURES.items()),
         ])  # fmt: skip
     reasons = dict.fromkeys(f"{row['type']}, {way}: {why}" for row in rows for way, why in row["failed"].items())
     return [
