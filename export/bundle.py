@@ -84,8 +84,12 @@ class Quality(_Record):
     bits_per_byte: float
     ece: float
     corpus_sha256: str
-    fp32_bits_per_byte: float | None = None  # int8: the float32 model's, over the same text
-    tokens: int | None = None  # int8: how many held-out tokens were predicted
+    fp32_bits_per_byte: float | None = None  # int8, fp16, bf16: the float32 model's, over the same text
+    tokens: int | None = None  # int8, fp16, bf16: how many held-out tokens were predicted
+
+
+# How a file ran at the gate: as written on the CPU or on CUDA; in float32 with every value rounded to its half type.
+Verified = Literal["cpu", "cuda", "emulated"]
 
 
 class Parity(_Record):
@@ -94,7 +98,8 @@ class Parity(_Record):
     max_abs: float  # of the logits
     max_rel: float  # of the logits, over the largest |logit| of their row
     bound: float  # of max_rel
-    noise: float | None = None  # int8: root mean square error of the logits over that of rounding's own noise
+    noise: float | None = None  # int8, fp16, bf16: typical error of the logits over that of rounding's own noise
+    verified: list[Verified] = ["cpu"]
     activation: float  # the activation alone, random and extreme inputs: worst |error| over its own bound, at most 1
     probes: int
     probes_left_out: int = 0  # where torch's own float32 misses float64 by more than the bound

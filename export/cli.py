@@ -35,16 +35,18 @@ errors = Console(stderr=True)
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "int8"]),
+    type=click.Choice(["fp32", "int8", "fp16", "bf16"]),
     default="fp32",
     show_default=True,
-    help="int8 quantises the products, and measures what that loses on held-out text.",
+    help="fp32 is for CPU and CUDA; int8 quantises the products, for the CPU; fp16 and bf16 are for CUDA. What these "
+    "lose is measured on held-out text.",
 )
 @click.option(
     "--corpus",
     type=click.Path(path_type=Path, exists=True),
     multiple=True,
-    help="With --precision int8: the text it was trained on; may be repeated.  [default: Python's standard library]",
+    help="With --precision int8, fp16, bf16: the text it was trained on; may be repeated.  "
+    "[default: Python's standard library]",
 )
 @click.option(
     "--flavor",
@@ -83,7 +85,7 @@ errors = Console(stderr=True)
 @click.option("--json", "as_json", is_flag=True, help="The manifests as one JSON document on standard output.")
 @click.pass_context
 def export(
-    ctx: click.Context, /, checkpoints: tuple[Path, ...], out: Path, precision: Literal["fp32", "int8"],
+    ctx: click.Context, /, checkpoints: tuple[Path, ...], out: Path, precision: Literal["fp32", "int8", "fp16", "bf16"],
     corpus: tuple[Path, ...], flavor: Literal["ort", "portable"], source: str | None, name: str | None,
     random_weights: bool, activation: str | None, as_json: bool, **shape: Any,
 ) -> None:  # fmt: skip

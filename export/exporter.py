@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import platform
@@ -29,6 +30,7 @@ from actuary import BadInput, GateFailed
 from export import bundle
 from export.catalogue import describe, write_catalogue
 from export.graph import Flavor, build
+from export.half import emulated, half
 from export.parity import check
 from export.precision import int8
 from models import activations
@@ -42,9 +44,9 @@ from models.train import finished
 
 # protobuf cannot hold 2 GiB; past this the weights go into a file beside the model.
 EXTERNAL_DATA_FROM_BYTES = 1_800_000_000
-MOST_LOSS = 0.005  # of int8, in bits per byte; the default shapes lose 0.0002 at most (docs/log.md)
+MOST_LOSS = 0.005  # of int8, fp16, bf16, in bits per byte; int8's default shapes lose 0.0002 at most (docs/log.md)
 MOST_TOKENS = 2**16  # of held-out text to measure it on; the default corpus has 184,408
-Precision = Literal["fp32", "int8"]
+Precision = Literal["fp32", "int8", "fp16", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,9 @@ def export_bundle(
         name: of the bundle; by default the checkpoint's.
         seed: of the gate's probes; by default a fresh one.
         flavor: of the graph (export/graph.py).
-        precision: `int8` quantises the products (export/precision.py).
-        corpus: what int8's loss is measured on; read where the checkpoint has a quality to lose.
+        precision: `int8` quantises the products (export/precision.py); `fp16` and `bf16` narrow the whole graph
+            (export/half.py).
+        corpus: what the loss of these is measured on; read where the checkpoint has a quality to lose.
     """
     seed = secrets.randbelow(2**32) if seed is None else seed
     name = bundle.checked_name(checkpoint.name if name is None else name)
@@ -191,15 +194,22 @@ def export_bundle(
                 f"{name!r} holds {model.ByteSize() / 1e9:.1f} GB in float32; int8 is written for models of up to "
                 f"{EXTERNAL_DATA_FROM_BYTES / 1e9:.1f} GB, so export it with --precision fp32"
             )
-        quality = quality and _int8_quality(quality, decoder, flavor, corpus())
+        quality = quality and _rounded_quality(quality, decoder, flavor, corpus(), int8, precision)
         model, float_model = int8(model), model
+    elif precision != "fp32":
+        model, float_model = half(model, precision), model
+        # The CPU has no bfloat16 and is slow in float16: the graph that rounds as a device would.
+        rounded = functools.partial(half, name=precision)
+        quality = quality and _rounded_quality(
+            quality, decoder, flavor, corpus(), lambda every: emulated(rounded(every)), precision
+        )
     with new_folder(out / name) as folder:
         _save_model(model, folder / bundle.MODEL)
         # Each is the size of the model, and views of its memory, which the gate's float64 would else stand beside.
         del model
         decoder = dataclasses.replace(decoder, weights={})
         (folder / bundle.TOKENIZER).write_bytes(checkpoint.tokenizer_json)
-        parity = check(decoder, checkpoint.model, str(folder / bundle.MODEL), seed, float_model)
+        parity = check(decoder, checkpoint.model, str(folder / bundle.MODEL), seed, float_model, precision)
         manifest = _manifest(
             name=name,
             family=decoder.family,
@@ -229,13 +239,21 @@ def export_bundle(
     return out / name, manifest
 
 
-def _int8_quality(trained: bundle.Quality, decoder: Decoder, flavor: Flavor, corpus: Corpus) -> bundle.Quality:
-    """What the int8 model is worth on held-out text, beside the float32 one; GateFailed where it loses too much."""
+def _rounded_quality(
+    trained: bundle.Quality,
+    decoder: Decoder,
+    flavor: Flavor,
+    corpus: Corpus,
+    rounded: Callable[[onnx.ModelProto], onnx.ModelProto],
+    precision: Precision,
+) -> bundle.Quality:
+    """What the model as `rounded` makes it is worth on held-out text, beside the float32 one; GateFailed where it loses
+    too much."""
     if corpus.sha256 != trained.corpus_sha256:
         raise BadInput(
             f"{decoder.name!r} was trained on the corpus {trained.corpus_sha256[:12]}..., this one is "
-            f"{corpus.sha256[:12]}...; int8's loss is measured on held-out text, so name the same with --corpus, or "
-            "use --precision fp32"
+            f"{corpus.sha256[:12]}...; {precision}'s loss is measured on held-out text, so name the same with "
+            "--corpus, or use --precision fp32"
         )
     ids = corpus.ids(decoder.vocab_size)
     held_out, held_out_bytes = ids.held_out, ids.held_out_bytes
@@ -252,11 +270,11 @@ def _int8_quality(trained: bundle.Quality, decoder: Decoder, flavor: Flavor, cor
 
         return quality_of(logits_of, decoder.head, decoder.context, held_out, held_out_bytes)
 
-    before, (after, ece, _) = measured(every)[0], measured(int8(every))
+    before, (after, ece, _) = measured(every)[0], measured(rounded(every))
     if not after <= before * (1 + MOST_LOSS):
         raise GateFailed(
-            f"{decoder.name!r} in int8 takes {after:.4f} bits per byte of held-out text, in float32 {before:.4f}: "
-            f"{after / before - 1:.2%} more, allowed {MOST_LOSS:.1%}; use --precision fp32"
+            f"{decoder.name!r} in {precision} takes {after:.4f} bits per byte of held-out text, in float32 {before:.4f}"
+            f": {after / before - 1:.2%} more, allowed {MOST_LOSS:.1%}; use --precision fp32"
         )
     return bundle.Quality(
         bits_per_byte=after,
