@@ -43,7 +43,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "train": ("models.cli:train", "train", "Train variants of a small GPT, one per activation."),
     "explain": ("export.cli:explain", "train", "One activation: formula, kind, paper; as ONNX, C++ and CUDA."),
     "export": ("export.cli:export", "train", "Turn checkpoints into ONNX bundles that run anywhere."),
-    "inspect": ("export.cli:inspect", "", "What is in a bundle."),
+    "inspect": ("export.cli:inspect", "serve", "What is in a bundle, and where its nodes run."),
     "swap": ("models.cli:swap", "train", "Another activation for a transformers checkpoint, tuned."),
     "ops": ("export.ops.cli:ops", "train", "Build the fused operators: each activation as one compiled loop."),
     "bench": ("export.bench_cli:bench", "train,load", "What an activation costs, without a server."),

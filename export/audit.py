@@ -80,12 +80,8 @@ class Audit(BaseModel):
     precision: str
     activation: Runs
     nodes: tuple[Placed, ...]
+    fallen: tuple[Placed, ...]  # floating-point work that another provider was preferred for, and the CPU got
     notes: tuple[str, ...] = ()  # what runs, and not as one would think
-
-    @property
-    def fallen(self) -> list[Placed]:
-        """Floating-point work that another provider was asked for, and the CPU got."""
-        return [node for node in self.nodes if node.floating and node.provider == CPU != self.provider]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -150,10 +146,17 @@ def audit_of(
     ours = sum(node.domain == DOMAIN for node in file.nodes)
     kept = sum(node.domain == DOMAIN for node in assigned)
     activation: Runs = "standard" if not ours else "fused" if kept == ours else "inlined"
-    nodes = _as_assigned(assigned, file) if loaded is None else _as_loaded(assigned, loaded, provider)
+    nodes = _as_assigned(assigned, file)
+    fallen = [node for node in nodes if node.floating and node.provider == CPU != provider]
+    found = Audit(
+        provider=provider,
+        precision=precision,
+        activation=activation,
+        nodes=tuple(nodes if loaded is None else _as_loaded(assigned, loaded, provider)),
+        fallen=tuple(fallen),
+    )
     notes = [_SLOW[precision, provider]] if (precision, provider) in _SLOW else []
-    found = Audit(provider=provider, precision=precision, activation=activation, nodes=tuple(nodes))
-    if found.fallen:
+    if fallen:
         notes.append(f"{_fallen(found)}: slower than on one device")
     return found.model_copy(update={"notes": tuple(notes)})
 
@@ -172,15 +175,17 @@ def _as_assigned(assigned: Iterable[Assigned], file: OnnxFile) -> list[Placed]:
 
 def _as_loaded(assigned: Sequence[Assigned], loaded: OnnxFile, provider: str) -> list[Placed]:
     by_name = {node.name: node.provider for node in assigned if node.name}
-    # Nodes out of a function have no name; those of one type go to one provider, or we say the slower.
-    by_type: dict[str, str] = {}
+    # Nodes out of a function have no name: of those of one type we say the slowest, as they go to one provider. A
+    # fusion keeps its parts' provider; where it took none of their names, we say the preferred one.
+    unnamed: dict[str, str] = {}
     for node in assigned:
-        if not node.name and by_type.get(node.op_type) != CPU:
-            by_type[node.op_type] = node.provider
+        if not node.name and unnamed.get(node.op_type) != CPU:
+            unnamed[node.op_type] = node.provider
 
     def place(name: str, op_type: str) -> str:
-        base = name.partition("/")[0]
-        return by_name.get(name) or by_name.get(base) or by_type.get(op_type) or provider
+        if not name:
+            return unnamed.get(op_type, provider)
+        return by_name.get(name) or by_name.get(name.partition("/")[0], provider)
 
     return [
         Placed(
@@ -224,10 +229,9 @@ def _fallen(found: Audit) -> str:
     nodes = found.fallen
     named = ", ".join(f"{node.name or 'unnamed'} ({node.op_type})" for node in nodes[:3])
     more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
-    return (
-        f"{len(nodes)} of {len(found.nodes)} nodes compute on the CPU, since {found.provider} has no kernel for them: "
-        f"{named}{more}"
-    )
+    count = "1 node works" if len(nodes) == 1 else f"{len(nodes)} nodes work"
+    where = f"on floating-point numbers on the CPU, where {found.provider} was to"
+    return f"{count} {where}: it has no kernel for {named}{more}"
 
 
 def _remedy(found: Audit) -> str:

@@ -28,6 +28,7 @@ from export.ops.library import Library
 
 FATAL = 4  # what goes wrong is raised and reported by us
 WIDTH = 100  # columns of the drawing
+NO_BLOCK = "no block drawn: no weights are called blocks.0.*, or they are joined as in no model of ours"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
@@ -150,20 +151,20 @@ class _Graph:
 
 
 def draw_block(found: Inspection, manifest: Manifest) -> str:
-    """Block 0 as it was loaded, top to bottom, the residual stream on the left; empty where it is not to be found."""
+    """Block 0 as it was loaded, top to bottom, the residual stream on the left; or why there is none."""
     g = _Graph(found.graph)
     at = "blocks.0."
-    norm1, out, norm2, up, down = (
-        g.reading(f"{at}{role}.") for role in ("attention_norm", "out", "ffn_norm", "up", "down")
-    )
-    qkv = g.reading(f"{at}qkv.", f"{at}q.", f"{at}kv.")
+    norm1, norm2, up = (g.reading(f"{at}{role}.") for role in ("attention_norm", "ffn_norm", "up"))
     end = g.reading("blocks.1.attention_norm.") or g.reading("norm.")
+    qkv = g.reading(f"{at}qkv.", f"{at}q.", f"{at}kv.")
+    # A norm that adds may take the bias of the product before it too.
+    out, down = g.reading(f"{at}out.") - norm2, g.reading(f"{at}down.") - end
     if not all((norm1, qkv, out, norm2, up, down, end)):
-        return ""
+        return NO_BLOCK
     try:
         (add1, x), (add2, _) = g.meeting(out, norm2), g.meeting(down, end)
     except KeyError:
-        return ""
+        return NO_BLOCK
     act = g.between(up, down)
     runs = found.audit.activation
     where = {
