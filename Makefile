@@ -24,7 +24,7 @@ EXPORTED := $(BUNDLES)/.exported
 .NOTPARALLEL:
 
 help: ## What each target does
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 up: $(EXPORTED) ops serve ## Virtual environment, install, train the default set, export, build the fused operators, serve
 

@@ -1,13 +1,18 @@
-"""On a CUDA device: the service gives the CPU's numbers, and training runs. Elsewhere skipped, with the reason."""
+"""On a CUDA device: the service gives the CPU's numbers, fused and not, and training runs. Elsewhere skipped, with the
+reason. Kernels, speed and whole models are checked there by `make gpu-check`, which runs this too."""
 
 from __future__ import annotations
 
-import httpx2 as httpx
+import json
+import shutil
+import urllib.request
+
 import onnxruntime
 import pytest
 import torch
 from conftest import serving
 
+from export.ops.build import build
 from models.train import Recipe, Variant, train_variant
 
 pytestmark = pytest.mark.gpu
@@ -29,17 +34,43 @@ def _on_a_device():
         pytest.skip(reason)
 
 
-def test_cuda_serves_what_the_cpu_serves(bundles):
-    def answers(provider: str) -> list[dict]:
-        with serving(bundles, "--provider", provider) as (url, _):
-            body = {"model": "*", "prompt": PROMPTS, "top_k": 5}
-            return httpx.post(f"{url}/v1/next-token", json=body, timeout=60).json()["results"]
+@pytest.fixture(scope="module")
+def cuda_ops(tmp_path_factory):
+    """The folder of a library with its CUDA half, or of none where nvcc is not there."""
+    folder = tmp_path_factory.mktemp("cuda") / "ops"
+    if shutil.which("nvcc"):
+        build(folder, cuda=True)
+    return folder
 
-    for on_gpu, on_cpu in zip(answers("cuda"), answers("cpu"), strict=True):
-        assert (on_gpu["provider"], on_cpu["provider"]) == ("CUDAExecutionProvider", "CPUExecutionProvider")
-        for ours, theirs in zip(on_gpu["top"], on_cpu["top"], strict=True):
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_cuda_serves_what_the_cpu_serves(bundles, cuda_ops, fused: bool):
+    """Over HTTP, without and with the fused operators, which must then run on the device."""
+    pytest.importorskip("fastapi", reason="the service's packages are not installed")
+    if fused and not cuda_ops.exists():
+        pytest.skip("no nvcc: the fused operators have no CUDA half here")
+
+    def asked(url: str, body: dict | None = None) -> dict:
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(url, data, {"content-type": "application/json"})
+        return json.load(urllib.request.urlopen(request, timeout=60))
+
+    def answers(provider: str, ops: str) -> tuple[list[str], list[dict]]:
+        with serving(bundles, "--provider", provider, "--ops", ops) as (url, _):
+            why_not = [model["unfused"] for model in asked(f"{url}/v1/models")["data"]]
+            body = {"model": "*", "prompt": PROMPTS, "top_k": 5}
+            return why_not, asked(f"{url}/v1/next-token", body)["results"]
+
+    (why_not, on_cuda), (_, on_cpu) = (
+        answers("cuda", str(cuda_ops) if fused else "/nowhere"),
+        answers("cpu", "/nowhere"),
+    )
+    assert not any(why_not) if fused else all(why_not)
+    for ours, theirs in zip(on_cuda, on_cpu, strict=True):
+        assert (ours["provider"], theirs["provider"]) == ("CUDAExecutionProvider", "CPUExecutionProvider")
+        for mine, other in zip(ours["top"], theirs["top"], strict=True):
             # TF32 rounds products to 10 bits: 2^-11 of a logit's size, through two blocks.
-            assert ours["softmax"] == pytest.approx(theirs["softmax"], rel=1e-2)
+            assert mine["softmax"] == pytest.approx(other["softmax"], rel=1e-2)
 
 
 def test_training_runs_on_the_device(corpus, tmp_path):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -73,7 +74,7 @@ def found() -> Row:
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
         raise BadInput(
-            f"gpu-check needs the Python packages {', '.join(absent)}; install them into {sys.executable} with: pip "
+            f"needs the Python packages {', '.join(absent)}; install them into {sys.executable} with: pip "
             "install -e '.[train,serve,dev]' (on a machine without a network from wheels, with --no-deps)"
         )
     import torch  # isort: split
@@ -98,8 +99,12 @@ def found() -> Row:
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if not nvcc:
         missing.append("nvcc is not there: install NVIDIA's CUDA toolkit 12.8 or newer, or name it in NVCC")
+    try:
+        importlib.metadata.version("actuary")
+    except importlib.metadata.PackageNotFoundError:
+        missing.append(f"actuary itself is not installed: pip install --no-deps --no-build-isolation --editable {ROOT}")
     if missing:
-        raise BadInput(f"gpu-check cannot run here. {'; '.join(missing)}")
+        raise BadInput(f"cannot run here. {'; '.join(missing)}")
     with contextlib.redirect_stdout(io.StringIO()) as said:
         onnxruntime.preload_dlls()
     properties: Any = torch.cuda.get_device_properties(0)

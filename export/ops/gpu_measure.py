@@ -306,7 +306,7 @@ def measure_model(
     model = model.to(place.device, TORCH_TYPES[case.precision])
     for batch in batches:
         row["latency"].append(
-            {"batch": batch, "tokens": tokens} | _latency(file, library, place, ids[batch], model, rounds)
+            {"batch": batch, "tokens": tokens} | _latency(file, library, place, exactly, ids[batch], model, rounds)
         )
     for latency in row["latency"]:
         row["failed"] |= {f"{way}, batch {latency['batch']}": why for way, why in latency.pop("failed").items()}
@@ -352,13 +352,15 @@ def _parity(
     return float(error.max())
 
 
-def _latency(file: str, library: Library, place: Place, ids: Tensor, model: Any, rounds: int) -> Row:
-    """Milliseconds of one answer for each way, in the types and with the settings that they have by themselves."""
+def _latency(
+    file: str, library: Library, place: Place, settings: dict[str, str], ids: Tensor, model: Any, rounds: int
+) -> Row:
+    """Milliseconds of one answer for each way; float32 products in full everywhere, as torch has them by itself."""
     on_device = ids.to(place.device)
     torch._dynamo.reset()
     makers: dict[str, Callable[[], Run]] = {
-        "fused": lambda: _bound_model(file, library, place, {}, ids)[0],
-        "unfused": lambda: _bound_model(file, None, place, {}, ids)[0],
+        "fused": lambda: _bound_model(file, library, place, settings, ids)[0],
+        "unfused": lambda: _bound_model(file, None, place, settings, ids)[0],
         "eager": lambda: _torch_run(model, on_device),
         "compiled": lambda: _torch_run(torch.compile(model, dynamic=False), on_device),
     }
