@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import tempfile
 import textwrap
 from collections import Counter
@@ -20,7 +21,7 @@ import onnxruntime
 
 from actuary import BadInput
 from export import bundle, onnx_file
-from export.audit import CPU, CUDA, RECORD, Audit, audit, cannot_run, check_file, check_precision, foreseen_on_cuda
+from export.audit import CPU, CUDA, RECORD, Audit, audit, check_file, check_precision, foreseen_on_cuda
 from export.bundle import Manifest
 from export.onnx_file import OnnxFile
 from export.ops import library
@@ -35,76 +36,103 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 @dataclass(frozen=True)
 class Inspection:
     audit: Audit
-    graph: OnnxFile  # as loaded; its nodes are the audit's, in their order
+    graph: OnnxFile  # as loaded, its nodes the audit's in their order; the file's where that was not asked for
     unfused: str  # why no kernel of ours runs; empty where one may
     foreseen: str  # where it runs on the CPU: what would keep it from CUDA; empty where nothing is known to
 
 
-def inspect_bundle(folder: Path, manifest: Manifest, provider: Literal["auto", "cpu", "cuda"], ops: Path) -> Inspection:
+def inspect_bundle(
+    folder: Path, manifest: Manifest, provider: Literal["auto", "cpu", "cuda"], ops: Path, loaded: bool = True
+) -> Inspection:
     """BadInput where the runtime here cannot run it; what fell to the CPU is for the caller to judge.
 
     Args:
         ops: folder of the fused operators; there may be none.
+        loaded: with the graph as it stands after loading, which takes a copy of the weights on disk; without, its
+            nodes are those before ONNX Runtime's last fusions.
     """
-    path = folder / bundle.MODEL
-    file = onnx_file.read(path)
+    file = onnx_file.read(folder / bundle.MODEL)
     check_file(file, manifest.opset)
+    if provider != "cpu":
+        try:
+            return _in_session(folder, manifest, file, CUDA, ops, loaded)
+        except BadInput:
+            if provider == "cuda":
+                raise
+    return _in_session(folder, manifest, file, CPU, ops, loaded)
+
+
+def _in_session(folder: Path, manifest: Manifest, file: OnnxFile, provider: str, ops: Path, loaded: bool) -> Inspection:
+    check_precision(manifest.precision, provider)
+    if provider == CUDA:
+        _preload()
     built, info = library.find(ops), manifest.activation_info
-    cuda = _may_have_cuda(provider) and not (provider == "auto" and cannot_run(manifest.precision, CUDA))
-    while True:
-        providers = [CUDA, CPU] if cuda else [CPU]
-        check_precision(manifest.precision, providers[0])
-        unfused = built.why_not(info.name, info.digest, cuda) if built else f"there are no fused operators in {ops}"
-        with tempfile.TemporaryDirectory() as scratch:
-            saved = Path(scratch) / bundle.MODEL
-            session = _open(path, providers, None if unfused else built, saved)
-            graph = onnx_file.read(saved)
-        if session.get_providers()[0] == providers[0]:
-            break
-        if provider == "cuda":
-            raise BadInput("--provider cuda: CUDA does not run here; check nvidia-smi, or use --provider cpu")
-        cuda = False  # its libraries do not load
+    unfused = f"there are no fused operators in {ops}"
+    if built:
+        unfused = built.why_not(info.name, info.digest, cuda=provider == CUDA)
+    with tempfile.TemporaryDirectory() as scratch:
+        saved = Path(scratch) / bundle.MODEL if loaded else None
+        session = _open(folder / bundle.MODEL, provider, None if unfused else built, saved)
+        graph = onnx_file.read(saved) if saved else None
     found = audit(session, file, manifest.precision, graph)
-    return Inspection(found, graph, unfused, "" if cuda else foreseen_on_cuda(file, manifest.precision))
+    foreseen = foreseen_on_cuda(file, manifest.precision) if provider == CPU else ""
+    return Inspection(found, graph or file, unfused, foreseen)
 
 
-def _may_have_cuda(provider: Literal["auto", "cpu", "cuda"]) -> bool:
-    if provider == "cpu":
-        return False
+def _preload() -> None:
+    """CUDA's libraries out of site-packages, where there are any."""
     onnxruntime.set_default_logger_severity(FATAL)
     if CUDA not in onnxruntime.get_available_providers():
-        if provider == "cuda":
-            raise BadInput("--provider cuda: this onnxruntime was built without CUDA; use --provider cpu")
-        return False
-    with contextlib.redirect_stdout(io.StringIO()):  # it says where it looked, and the session whether it found
+        raise BadInput("--provider cuda: this onnxruntime was built without CUDA; use --provider cpu")
+    with contextlib.redirect_stdout(io.StringIO()):  # it says where it looked; the session, whether it found
         onnxruntime.preload_dlls()
-    return True
 
 
-def _open(path: Path, providers: list[str], ops: Library | None, saved: Path) -> Any:
+def _open(path: Path, provider: str, ops: Library | None, saved: Path | None) -> Any:
     """A session of `path` that wrote its graph to `saved`, with the weights in a file beside it."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
-    options.optimized_model_filepath = str(saved)
-    for key, value in (
-        (RECORD, "1"),
-        ("session.optimized_model_external_initializers_file_name", "weights"),
-        ("session.optimized_model_external_initializers_min_size_in_bytes", "1024"),
-    ):
-        options.add_session_config_entry(key, value)
+    options.add_session_config_entry(RECORD, "1")
+    if saved:
+        options.optimized_model_filepath = str(saved)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     if ops:
         library.register(options, ops)
+    providers = [provider] if provider == CPU else [provider, CPU]
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime raises its own classes, without a public base
-        raise BadInput(f"onnxruntime does not open {path}: {error}") from error
+        raise BadInput(f"onnxruntime does not open {path} with {provider}: {error}; export it again") from error
+    if session.get_providers()[0] != provider:
+        raise BadInput(
+            "--provider cuda: CUDA does not run here; check the driver with nvidia-smi, or use --provider cpu"
+        )
+    return session
+
+
+def in_a_line(folder: Path, manifest: Manifest, ops: Path) -> str:
+    """What `actuary export` says of a bundle that it wrote: where its nodes run here, and what is known of CUDA."""
+    try:
+        found = inspect_bundle(folder, manifest, "cpu", ops, loaded=False)
+    except BadInput as error:
+        return f"not opened here: {error}"
+    why = f" ({found.unfused})" if found.audit.activation == "inlined" else ""
+    said = f"{len(found.audit.nodes)} nodes on the CPU, {manifest.activation} {found.audit.activation}{why}"
+    cuda = f"refused: {found.foreseen}" if found.foreseen else "nothing known against it, and not tried"
+    return "; ".join([said, *found.audit.notes, f"on CUDA {cuda}"])
+
+
+def _plain(name: str) -> str:
+    """A weight's own name: ONNX Runtime puts a word before it where a cast was moved into it."""
+    return re.sub(r"^(?:FusedBack_|InsertedPrecisionFreeCast_)+", "", name)
 
 
 class _Graph:
     """Who feeds whom; nodes by their index."""
 
     def __init__(self, graph: OnnxFile) -> None:
-        self.nodes, self.weights = graph.nodes, graph.weights
+        self.nodes, self.weights = graph.nodes, {name: _plain(name) for name in graph.weights}
         self.makers = {name: i for i, node in enumerate(graph.nodes) for name in node.outputs if name}
         self.before = [{self.makers[name] for name in node.inputs if name in self.makers} for node in graph.nodes]
         self.after: list[set[int]] = [set() for _ in graph.nodes]
@@ -118,7 +146,7 @@ class _Graph:
             i
             for i, node in enumerate(self.nodes)
             if node.domain != bundle.DOMAIN
-            and any(name.startswith(prefixes) and name in self.weights for name in node.inputs)
+            and any(self.weights.get(name, "").startswith(prefixes) for name in node.inputs)
         }
 
     def behind(self, start: Iterable[int]) -> set[int]:
@@ -207,7 +235,7 @@ def _operators(graph: OnnxFile, nodes: Iterable[int], at: str) -> str:
     count: Counter[str] = Counter()
     for i in sorted(nodes):
         node = graph.nodes[i]
-        read = [graph.weights.get(name, ()) for name in node.inputs if name.startswith(at)]
+        read = [graph.weights.get(name, ()) for name in node.inputs if _plain(name).startswith(at)]
         matrices = [dims for dims in read if len(dims) == 2]
         shape = next((f"{NO_BREAK}[{rows}x{columns}]" for rows, columns in matrices), "")
         count[f"{node.domain}::{node.op_type}" if node.domain == bundle.DOMAIN else node.op_type + shape] += 1

@@ -81,7 +81,7 @@ class Runtime:
             reason = str(error)
         if cannot_run(precision, CPU):
             raise BadInput(
-                f"CUDA does not open it ({reason.partition(': ')[0]}), and the CPU has no kernels for {precision}; "
+                f"CUDA does not open it ({reason}), and the CPU has no kernels for {precision}; "
                 "check the driver with nvidia-smi, or export it again with --precision fp32"
             )
         session = self._session(model, [CPU], activation)  # a model that fails here too is itself bad

@@ -26,7 +26,7 @@ from export.audit import CPU, CUDA, Assigned, audit_of, check_file, check_placem
 from export.bundle import read_manifest
 from export.exporter import Checkpoint, export_bundle
 from export.graph import ORT
-from export.inspection import NO_BLOCK, WIDTH, Inspection, draw_block, inspect_bundle
+from export.inspection import NO_BLOCK, WIDTH, Inspection, draw_block, in_a_line, inspect_bundle
 from export.ops import library
 from service.app import create_app
 from service.runtime import Runtime
@@ -41,7 +41,8 @@ def kinds(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable) -
     out = tmp_path_factory.mktemp("kinds")
     for flavor in ("ort", "portable"):
         export_bundle(tiny_checkpoint("swiglu"), out, f"swiglu-{flavor}", flavor=flavor)
-    export_bundle(tiny_checkpoint("swiglu"), out, "swiglu-int8", precision="int8")
+    for precision in ("int8", "fp16", "bf16"):
+        export_bundle(tiny_checkpoint("swiglu"), out, f"swiglu-{precision}", precision=precision)
     export_bundle(tiny_checkpoint("solu"), out, "solu")
     export_bundle(tiny_checkpoint("mish", layers=1), out, "one-layer")
     shape = {"vocab_size": TINY["vocab_size"], "bos_token_id": 0, "eos_token_id": 0}
@@ -58,7 +59,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable) -
     return out
 
 
-KINDS = ("swiglu-ort", "swiglu-portable", "swiglu-int8", "solu", "one-layer", "llama", "gpt2")
+KINDS = ("swiglu-ort", "swiglu-portable", "swiglu-int8", "swiglu-fp16", "solu", "one-layer", "llama", "gpt2")
 
 
 def inspected(folder: Path, ops: Path = NOWHERE) -> Inspection:
@@ -187,7 +188,7 @@ def test_the_audit_lists_the_nodes_that_run(kinds: Path, fused: library.Library,
         assert found.audit.fallen == ()
 
 
-@pytest.mark.parametrize("name", ["swiglu-ort", "swiglu-portable", "swiglu-int8", "one-layer"])
+@pytest.mark.parametrize("name", ["swiglu-ort", "swiglu-portable", "swiglu-int8", "swiglu-fp16", "one-layer"])
 def test_an_activation_is_fused_where_its_kernel_is_and_inlined_where_not(kinds: Path, fused: library.Library, name):
     folder, blocks = kinds / name, read_manifest(kinds / name).layers
     for ops, runs in ((fused.path.parent, "fused"), (NOWHERE, "inlined")):
@@ -287,9 +288,19 @@ def test_what_is_known_to_keep_a_graph_from_cuda_is_foreseen(kinds: Path):
         return foreseen_on_cuda(onnx_file.read(kinds / name / bundle.MODEL), precision)
 
     assert "GroupQueryAttention" in foreseen("swiglu-ort")
-    assert foreseen("swiglu-ort", "fp16") == ""
+    assert foreseen("swiglu-fp16", "fp16") == ""
     assert foreseen("swiglu-portable") == ""
     assert "no CUDA kernel" in foreseen("swiglu-int8", "int8")
+
+
+def test_the_line_at_export_says_all_of_it(kinds: Path, fused: library.Library):
+    def line(name: str, ops: Path = NOWHERE) -> str:
+        return in_a_line(kinds / name, read_manifest(kinds / name), ops)
+
+    assert "swiglu inlined (there are no fused operators in /nowhere); on CUDA refused: 1 node" in line("swiglu-ort")
+    assert "swiglu fused; on CUDA nothing known against it, and not tried" in line("swiglu-portable", fused.path.parent)
+    assert "fp16 runs on the CPU through casts" in line("swiglu-fp16")
+    assert line("swiglu-bf16").startswith("not opened here: bf16 has no kernels on the CPU")
 
 
 def test_the_newest_versions_are_those_that_onnxruntime_opens():
@@ -429,10 +440,17 @@ def test_int8_goes_to_the_cpu_under_auto_and_is_refused_under_cuda(kinds: Path):
     assert opened(Runtime("cpu", 1)).audit.notes == ()
 
 
-def test_float16_on_the_cpu_is_said(kinds: Path):
-    file = onnx_file.read(kinds / "solu" / bundle.MODEL)
-    (note,) = audit_of([Assigned(n.name, n.domain, n.op_type, CPU) for n in file.nodes], file, "fp16", CPU).notes
-    assert "fp16 runs on the CPU through casts" in note
+def test_float16_on_the_cpu_is_said_and_bfloat16_refused(kinds: Path, tmp_path: Path):
+    for precision in ("fp16", "bf16"):
+        shutil.copytree(kinds / f"swiglu-{precision}", tmp_path / precision)
+    with TestClient(create_app(Settings(bundles=tmp_path, provider="cpu", threads=1))) as client:
+        listed = client.get("/v1/models").json()
+    (model,), (refused,) = listed["data"], listed["refused"]
+    assert model["id"] == "swiglu-fp16"
+    assert "fp16 runs on the CPU through casts" in model["audit"]["notes"][0]
+    assert "bf16 has no kernels on the CPU" in refused["reason"]
+    with pytest.raises(BadInput, match="bf16 has no kernels on the CPU"):
+        inspected(kinds / "swiglu-bf16")
 
 
 @pytest.mark.parametrize("fuse", [True, False])
@@ -485,7 +503,7 @@ def test_a_block_is_drawn_from_its_nodes(kinds: Path, fused: library.Library, na
     assert sum(line.startswith("  '-> +") for line in lines) == 2
     act = drawn[manifest.activation]
     assert act.startswith(f"{found.audit.activation}: ")
-    assert (f"{bundle.DOMAIN}::{manifest.activation}" in act) == (found.audit.activation == "fused")
+    assert (f"{bundle.DOMAIN}::" in act) == (found.audit.activation == "fused")
     there = Counter(node.op_type for node in found.graph.nodes)
     drawn_there = Counter[str]()
     for operators in drawn.values():
