@@ -23,7 +23,9 @@ class Settings(BaseModel):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     provider: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: CUDA where it loads, else CPU. cuda: refuse to start without it."
+        "auto",
+        description="auto: CUDA where it loads, else CPU. cuda: refuse to start without it, and bundles that it would "
+        "leave to the CPU in part.",
     )
     ops: Path = Field(
         Path("artifacts/ops"), description="Folder of `actuary ops build`; without it all runs unfused, and slower."

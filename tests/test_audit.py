@@ -516,6 +516,13 @@ def test_a_block_is_drawn_from_its_nodes(kinds: Path, fused: library.Library, na
     assert drawn_there["GatherND"] == (manifest.layers == 1)  # the last block alone asks for one row
 
 
+def test_the_block_in_the_readme_is_one(kinds: Path, fused: library.Library):
+    """Of the bundle swiglu-ort as it is drawn today."""
+    drawing = draw_block(inspected(kinds / "swiglu-ort", fused.path.parent), read_manifest(kinds / "swiglu-ort"))
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"```text\n{drawing}\n```" in readme
+
+
 def test_grouped_queries_and_biases_show(kinds: Path):
     llama = rows(draw_block(inspected(kinds / "llama"), read_manifest(kinds / "llama")))
     assert llama["qkv"] == "MatMul [64x128]"  # 4 query heads and 2 pairs of 16 channels
