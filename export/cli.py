@@ -119,6 +119,8 @@ def export(
         raise BadInput(f"--{given[0].replace('_', '-')} goes with --random; a checkpoint brings its own")
     with errors.status("loading torch"):
         from export import exporter
+        from export.ops.trace import trace
+        from models.activations import get
         from models.corpus import Corpus
         from models.gpt import ActuaryConfig, default_heads
 
@@ -152,11 +154,17 @@ def export(
             highlight=False,
             soft_wrap=True,
         )
+        if outside := trace(get(manifest.activation)).outside:
+            errors.print(_outside(manifest.activation, outside), highlight=False, soft_wrap=True)
     if as_json:
         click.echo(json.dumps([json.loads(manifest.to_json()) for manifest in manifests], indent=2))
     if failures:  # the rest is exported; bad input weighs more than a gate that refused
         worst = max(failures, key=lambda error: error.exit_code)
         raise type(worst)("; ".join(map(str, failures)))
+
+
+def _outside(name: str, outside: str) -> str:
+    return f"{name}: outside the compiler's vocabulary: {escape(outside)}; exported as standard operators by torch.onnx"
 
 
 def _random(name: str, config: ActuaryConfig) -> Checkpoint:
@@ -301,7 +309,12 @@ def explain(activation: str, as_json: bool) -> None:
         "cuda": cpp_functor(record.name, expression, cuda=True) if fused else None,
     }
     if as_json:
-        known = {**info.model_dump(exclude={"curve"}), "elementwise": fused, "fused": fused}
+        known = {
+            **info.model_dump(exclude={"curve"}),
+            "elementwise": fused,
+            "fused": fused,
+            "outside": expression.outside,
+        }
         click.echo(json.dumps({**known, **forms}, indent=2))
         return
     console = Console(highlight=False)
@@ -309,7 +322,9 @@ def explain(activation: str, as_json: bool) -> None:
     console.print(f"{info.kind}; {escape(info.paper)}", soft_wrap=True)
     if info.learned:
         console.print("learned: " + ", ".join(f"{name}, starting at {start:g}" for name, start in info.learned.items()))
-    if fused:
+    if expression.outside:
+        console.print(_outside(record.name, expression.outside), soft_wrap=True)
+    elif fused:
         console.print("each element alone: one fused loop where `actuary ops build` was run, else the function inlined")
     else:
         console.print("over the hidden axis: exported as standard operators, never fused; so no C++ and no CUDA form")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
 from export.ops.library import DEFAULT_FOLDER
 
@@ -41,6 +42,8 @@ def build(out: Path, cuda: bool | None, as_json: bool) -> None:
     """
     with errors.status("tracing the registry") as status:
         from export.ops.build import build as build_library
+        from export.ops.trace import trace
+        from models.activations import registry
 
         made, anew = build_library(out, cuda, status.update)
     halves = ", ".join(made.isas) + (f" and CUDA {', '.join(made.cuda)}" if made.cuda else ", no CUDA")
@@ -50,5 +53,12 @@ def build(out: Path, cuda: bool | None, as_json: bool) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for name, record in registry().items():
+        if outside := trace(record).outside:
+            errors.print(
+                f"left out: {name} uses {escape(outside)}, outside the compiler's vocabulary; it runs unfused",
+                highlight=False,
+                soft_wrap=True,
+            )
     if as_json:
         click.echo(json.dumps({**made.model_dump(mode="json"), "path": str(made.path), "built_anew": anew}, indent=2))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from export.ops import fallback
 from export.ops.trace import HIDDEN_AXIS, MEANING, Expression, Ref
 
 UNIT = 2.0**-24  # unit roundoff of float32
@@ -94,8 +95,10 @@ def value_and_bound(
         bias_added: the tensor arguments are exact sums, which the arithmetic had to round.
     Returns: both [..., H], in float64. The bound is infinite or NaN where the value overflows.
     """
-    values: dict[str, Tensor] = dict(tensors)
     unit = arithmetic.unit
+    if expression.outside:
+        return fallback.value_and_bound(expression, tensors, unit)
+    values: dict[str, Tensor] = dict(tensors)
     errors: dict[str, Tensor] = {
         name: unit * tensor.abs() if bias_added and name in expression.tensors else torch.zeros_like(tensor)
         for name, tensor in tensors.items()

@@ -29,7 +29,7 @@ _MEANING = {
 
 def formula(expression: Expression) -> str:
     """The expression as one line; a step that is used twice is named first: `a = ...; f(a)`."""
-    if len(expression.steps) == 1 and expression.steps[0].operation in _MEANING:
+    if len(expression.steps) == 1 and expression.steps[0].operation in _MEANING and not expression.outside:
         return _MEANING[expression.steps[0].operation]
     steps = {step.name: step for step in expression.steps}
     uses = [argument for step in expression.steps for argument in step.arguments]

@@ -6,6 +6,8 @@ holds for every float type: constants are cast to the input's.
     x, bias --Add--> x                        (`biased_NAME`)
     packed [..., 2H] --Split--> gate, up      (gated forms)
     x [..., H] | gate, up [..., H], learned scalars [1] --steps--> y [..., H]
+
+Where the expression is outside the compiler's vocabulary, torch.onnx's nodes stand for the steps (fallback.py).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import onnx
 from onnx import helper
 
 from export.bundle import DOMAIN, OPSET
+from export.ops import fallback
 from export.ops.trace import Expression, Ref
 from models.activations import BIASED
 
@@ -104,18 +107,28 @@ def onnx_function(name: str, expression: Expression, biased: bool = False) -> on
     def operand(ref: Ref) -> str:
         return names[ref] if isinstance(ref, str) else body.constant(ref)
 
-    for step in expression.steps:
+    opsets = [helper.make_opsetid("", OPSET)]
+    for step in () if expression.outside else expression.steps:
         inputs = [operand(argument) for argument in step.arguments]
         if step.operation in _COMPOSED:
             names[step.name] = _COMPOSED[step.operation](body, *inputs)
         else:
             names[step.name] = body.node(_OPERATORS[step.operation], *inputs)
-    body.node("Identity", operand(expression.result), output="y")
+    if expression.outside:  # torch.onnx's own nodes, of rows [N, H] whatever the axes before
+        first = names[expression.tensors[0]]
+        rows = body.node("Concat", body.node("Constant", value_ints=[-1]), body.node("Shape", first, start=-1), axis=0)
+        for tensor in expression.tensors:
+            body.node("Reshape", names[tensor], rows, output=fallback.flat(tensor))
+        nodes, opsets = fallback.standard_operators(name, expression)
+        body.nodes += nodes
+        body.node("Reshape", fallback.flat("y"), body.node("Shape", first), output="y")
+    else:
+        body.node("Identity", operand(expression.result), output="y")
     return helper.make_function(
         DOMAIN,
         operator_name(name, biased),
         ["x", *(["bias"] if biased else []), *(names[key] for key in expression.learned)],
         ["y"],
         body.nodes,
-        [helper.make_opsetid("", OPSET)],
+        opsets,
     )

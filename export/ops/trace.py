@@ -1,19 +1,22 @@
 """Turns a record's torch expression into an `Expression`: a short list of named elementwise steps.
 
 Tracing is torch.fx's; what stands here is the vocabulary: which torch functions we can express, and
-under what one name. The printers beside this file (formula.py, onnx_function.py) each hold one row per name.
+under what one name. The printers beside this file (formula.py, onnx_function.py) each hold one row per name. What the
+vocabulary lacks is named in `outside`: such an expression is exported as standard operators (fallback.py), never fused.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
+from torch import Tensor
 
 from actuary import BadInput
 from models.activations import Activation
@@ -86,17 +89,27 @@ class Expression:
         learned: names of the learned scalars.
         steps: each uses arguments, constants, and steps before it.
         result: what the activation returns.
+        alone: whether each output element depends on its own input elements only.
+        outside: what the vocabulary lacks, "cumsum()"; then steps and result serve the formula alone.
+        torch: the expression itself.
     """
 
     tensors: tuple[str, ...]
     learned: tuple[str, ...]
     steps: tuple[Step, ...]
     result: Ref
+    alone: bool
+    outside: str
+    torch: Callable[..., Tensor]
 
     @property
     def elementwise(self) -> bool:
-        """Whether each output element depends on its own input elements only, so that it can be fused."""
-        return not any(step.operation in HIDDEN_AXIS for step in self.steps)
+        """Whether it can be fused: what it does to each element alone is known."""
+        return self.alone and not self.outside
+
+
+class _Outside(Exception):
+    """Something that the vocabulary lacks; its text names it."""
 
 
 class _Reader:
@@ -106,20 +119,14 @@ class _Reader:
         self.record = record
         self.refs: dict[torch.fx.Node, Ref] = {}
         self.steps: list[Step] = []
-
-    def fail(self, what: str) -> BadInput:
-        allowed = ", ".join(sorted(VOCABULARY | {"clamp", "ones_like", "zeros_like"}))
-        return BadInput(
-            f"activation {self.record.name!r} uses {what}, which cannot be exported; allowed: {allowed}; "
-            "rewrite its expression in those"
-        )
+        self.outside = ""  # the first thing that the vocabulary lacks
 
     def ref(self, value: Any) -> Ref:
         if isinstance(value, torch.fx.Node):
             return self.refs[value]
         if isinstance(value, (bool, int, float)):
             return float(value)
-        raise self.fail(f"the argument {value!r}")
+        raise _Outside(f"the argument {value!r}")
 
     def emit(self, operation: str, *arguments: Ref) -> Ref:
         if operation in ("mul", "div") and arguments[1] == 1.0:
@@ -134,6 +141,8 @@ class _Reader:
 
     def call(self, node: torch.fx.Node) -> Ref:
         target, kwargs = node.target, dict(node.kwargs)
+        if target is getattr:
+            raise _Outside(f"the attribute {node.args[1]}")
         if target in _CONSTANT:
             return _CONSTANT[target]
         if target in _CLAMP:
@@ -150,51 +159,99 @@ class _Reader:
             axis = kwargs.pop("dim", axis)
             keeps = kwargs.pop("keepdim", keeps) or _OVER_HIDDEN[target] == "softmax"
             if axis not in (-1, (-1,)) or not keeps or kwargs:
-                raise self.fail(f"{_OVER_HIDDEN[target]} over dim={axis}, keepdim={keeps} (only dim=-1, keepdim=True)")
+                raise _Outside(f"{_OVER_HIDDEN[target]} over dim={axis}, keepdim={keeps} (only dim=-1, keepdim=True)")
             return self.emit(_OVER_HIDDEN[target], self.ref(node.args[0]))
         if target in (torch.max, torch.min) and len(node.args) == 1:
-            raise self.fail(f"{target.__name__}() of one tensor, which looks at all of it")
+            raise _Outside(f"{target.__name__}() of one tensor, which looks at all of it")
         if target not in _SAME_ARGUMENTS:
-            raise self.fail(f"{getattr(target, '__name__', target)}()")
+            raise _Outside(f"{getattr(target, '__name__', target)}()")
         name = _SAME_ARGUMENTS[target]
         given = [*kwargs, *map(repr, node.args[_ARITY[name] :])]
         if given or len(node.args) < _ARITY[name]:
-            raise self.fail(f"{getattr(target, '__name__', target)}() with {', '.join(given) or 'too few arguments'}")
+            raise _Outside(f"{getattr(target, '__name__', target)}() with {', '.join(given) or 'too few arguments'}")
         if target in (torch.max, torch.min) and not isinstance(node.args[1], torch.fx.Node):
-            raise self.fail(f"{target.__name__}() over a dimension; torch.clamp compares with a number")
+            raise _Outside(f"{target.__name__}() over a dimension; torch.clamp compares with a number")
         return self.emit(name, *(self.ref(value) for value in node.args))
 
-    def read(self) -> Expression:
+    def text(self, value: Any) -> str:
+        return str(self.refs[value]) if isinstance(value, torch.fx.Node) else repr(value)
+
+    def shown(self, node: torch.fx.Node) -> Ref:
+        """A step for the formula's sake, its arguments as they are written."""
+        if node.target is getattr:
+            return self.emit(str(node.args[1]), self.text(node.args[0]))
+        arguments = [*map(self.text, node.args), *(f"{key}={self.text(value)}" for key, value in node.kwargs.items())]
+        return self.emit(str(getattr(node.target, "__name__", node.target)), *arguments)
+
+    def read_node(self, node: torch.fx.Node) -> Ref:
+        """What the node computes; where the vocabulary lacks it, that is noted, and it is kept as it is written."""
+        before = len(self.steps)
         try:
-            graph = torch.fx.symbolic_trace(self.record.expression).graph
-        except torch.fx.proxy.TraceError as error:
-            raise self.fail("control flow that depends on values (torch.where is allowed)") from error
+            if node.op == "call_method" and hasattr(torch, str(node.target)):
+                node.op, node.target = "call_function", getattr(torch, str(node.target))
+            if node.op != "call_function":
+                raise _Outside(f"{node.op} {node.target}")
+            return self.call(node)
+        except _Outside as lacking:
+            self.outside = self.outside or str(lacking)
+            del self.steps[before:]
+            return self.shown(node)
+
+    def read(self) -> Expression:
+        tensors, learned = ("gate", "up") if self.record.gated else ("x",), tuple(self.record.learned)
+        result: Ref = f"{self.record.name}({', '.join((*tensors, *learned))})"
+        nodes: list[torch.fx.Node] = []
+        try:
+            nodes = list(torch.fx.symbolic_trace(self.record.expression).graph.nodes)
+        except torch.fx.proxy.TraceError:
+            self.outside = "control flow that depends on values"
         except Exception as error:  # the expression is anybody's code
-            raise self.fail(f"something that cannot be traced ({error})") from error
-        for node in graph.nodes:
+            self.outside = f"something that cannot be traced ({error})"
+        for node in nodes:
             if node.op == "placeholder":
                 self.refs[node] = str(node.target)
-            elif node.op == "call_function":
-                self.refs[node] = self.call(node)
-            elif node.op == "call_method" and hasattr(torch, str(node.target)):
-                node.target = getattr(torch, str(node.target))
-                self.refs[node] = self.call(node)
             elif node.op == "output":
-                result = self.ref(node.args[0])
+                result = self.text(node.args[0]) if self.outside else self.ref(node.args[0])
             else:
-                raise self.fail(f"{node.op} {node.target}")
-        learned = tuple(self.record.learned)
-        tensors = ("gate", "up") if self.record.gated else ("x",)
-        expression = Expression(tensors, learned, tuple(self.steps), result)
-        if expression.elementwise == (self.record.kind == "hidden_axis"):
-            says = "looks at each element alone" if expression.elementwise else "looks at the whole hidden axis"
+                self.refs[node] = self.read_node(node)
+        alone = not any(step.operation in HIDDEN_AXIS for step in self.steps)
+        if self.outside:
+            alone = _alone(self.record)
+        either = self.outside and self.record.kind in ("gated", "learned")
+        if not either and alone == (self.record.kind == "hidden_axis"):
+            says = "looks at each element alone" if alone else "looks at the whole hidden axis"
             raise BadInput(
                 f"activation {self.record.name!r} is registered as {self.record.kind!r}, but {says}; mend its kind"
             )
-        return expression
+        steps = tuple(self.steps)
+        return Expression(tensors, learned, steps, result, alone, self.outside, self.record.expression)
+
+
+def _alone(record: Activation) -> bool:
+    """Whether each element is looked at alone, asked of the expression's values; BadInput where rows are not."""
+    generator = torch.Generator().manual_seed(0)
+    rows, first, last = torch.randn(3, 2 if record.gated else 1, 6, 8, generator=generator, dtype=torch.float64)
+    learned = [torch.tensor([start], dtype=torch.float64) for start in record.learned.values()]
+    first[..., 0], last[..., -1] = rows[..., 0], rows[..., -1]  # all other columns differ
+    given = (rows, rows[:, :1], rows.reshape(-1, 2, 3, 8), first, last)
+    try:
+        results = [record.expression(*tensors, *learned) for tensors in given]
+        shapes = [tuple(result.shape) for result in results]
+    except Exception as error:  # the expression is anybody's code
+        raise BadInput(f"activation {record.name!r} cannot be computed: {error}; mend its expression") from error
+    same = functools.partial(torch.allclose, rtol=1e-9, atol=1e-12, equal_nan=True)
+    y, row, folded, first, last = results
+    if shapes != [tuple(tensors.shape[1:]) for tensors in given] or not (
+        same(y[:1], row) and same(y, folded.reshape(6, 8))
+    ):
+        raise BadInput(
+            f"activation {record.name!r} does not turn each row [H] into a row [H] by itself; an activation keeps the "
+            "shape, and may look along the last axis alone"
+        )
+    return bool(same(y[:, 0], first[:, 0]) and same(y[:, -1], last[:, -1]))
 
 
 @functools.cache
 def trace(record: Activation) -> Expression:
-    """The record's expression as steps; BadInput names what we cannot express."""
+    """The record's expression as steps; what cannot be said so is named in its `outside`."""
     return _Reader(record).read()
