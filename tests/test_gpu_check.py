@@ -47,7 +47,7 @@ def emulated(tmp_path_factory):
 @pytest.fixture
 def measured() -> dict:
     """A result that holds a row of everything, with a failure and what did not run."""
-    way = {"us": 2.5, "quartiles_us": [2.0, 3.0], "gb_per_s": 1230.4, "share_of_copy": 0.91, "of_unfused": 0.33}
+    way = {"us": 2.5, "quartiles_us": [2.0, 3.0], "gb_per_s": 1230.0, "share_of_copy": 0.91, "of_unfused": 0.33}
     result = gpu_check.empty({"date": "2026-11-21", "device": "a device", "driver": "580 | 1"})
     result["kernels"] = [
         {"activation": "gelu", "type": "float16", "ratio": 0.5, "failed": ""},
@@ -164,6 +164,17 @@ def test_a_model_is_exported_held_to_torch_and_timed(fused, corpus, tmp_path, mo
     assert all({"fused", "unfused", "eager", "compiled"} <= set(latency) for latency in row["latency"])
     skipped = measure_model(ModelCase("tiny", shape, "swiglu", "fp7", "ort"), fused, ON_CPU, tmp_path, (1,), 16, 3)
     assert skipped["skipped"] == "export has no precision fp7"
+
+
+@pytest.mark.parametrize(
+    ("code", "last", "failures"), [(0, "2 passed, 1 skipped in 9s", 0), (0, "3 skipped in 9s", 1), (1, "1 failed", 1)]
+)
+def test_tests_that_all_skip_are_a_failure(monkeypatch, code: int, last: str, failures: int):
+    done = subprocess.CompletedProcess([], code, f"...\n{last}\n", "")
+    monkeypatch.setattr(gpu_check.subprocess, "run", lambda *_, **__: done)
+    result = gpu_check.empty({})
+    list(gpu_check.tests(result, 1))
+    assert (result["tests"]["exit_code"], len(result["failures"])) == (code, failures)
 
 
 def test_speed_stops_in_time(fused):

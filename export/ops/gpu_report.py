@@ -88,7 +88,12 @@ def _spread(measured: Row | None, unit: str) -> str:
     if measured is None:
         return "-"
     low, high = measured[f"quartiles_{unit}"]
-    return f"{measured[unit]:.3g} ({low:.3g} to {high:.3g})"
+    return f"{_figure(measured[unit])} ({_figure(low)} to {_figure(high)})"
+
+
+def _figure(value: float) -> str:
+    """To three figures, and in full where it has more."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _table(header: list[str], body: list[list[str]]) -> list[str]:
