@@ -120,13 +120,13 @@ class _Message:
 
 def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
     """The number at `at`, seven bits a byte and the lowest first; and where it ends."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
+    value = 0
+    for n in range(10):
+        byte = data[at + n]
+        value |= (byte & 127) << 7 * n
         if byte < 128:
-            return value, at
+            return value, at + n + 1
+    raise ValueError("a number of more than ten bytes")
 
 
 def _model(model: _Message) -> OnnxFile:
