@@ -46,7 +46,7 @@ Runs = Literal["fused", "inlined", "standard"]
 RUNS: dict[Runs, str] = {
     "fused": "one kernel of ours",
     "inlined": "its function's body, in standard operators",
-    "standard": "written as standard operators of ONNX: it needs no kernel of ours",
+    "standard": "one of ONNX's own operators, which needs no kernel of ours",
 }
 
 
