@@ -255,6 +255,13 @@ def test_an_unknown_part_exits_with_2(tmp_path):
     assert "unknown part 'sped'; known: kernels, speed, models, tests" in done.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_a_provider_whose_libraries_do_not_load_is_refused_with_the_remedy():
+    gpu_check.check_provider("CPUExecutionProvider", "")
+    with pytest.raises(BadInput, match=r"CUDAExecutionProvider does not run here \(no libcudnn\); CUDA's and cuDNN's"):
+        gpu_check.check_provider("CUDAExecutionProvider", "no libcudnn")
+
+
 def test_missing_packages_are_named_with_the_remedy(monkeypatch):
     monkeypatch.setattr(gpu_check, "PACKAGES", ("torch", "no_such_package"))
     with pytest.raises(BadInput, match=r"needs the Python packages no_such_package; install them into .* with: pip "):

@@ -125,6 +125,24 @@ def found() -> Row:
     }
 
 
+def check_provider(provider: str, preload_said: str) -> None:
+    """BadInput where ONNX Runtime has the provider and does not run it, as where CUDA's libraries do not load."""
+    from onnx import TensorProto, helper
+
+    from export.ops.check import open_session
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    try:
+        open_session(model.SerializeToString(), provider=provider).run(None, {"x": [1.0]})
+    except Exception as error:  # ours where it does not open, onnxruntime's own where it does not run
+        raise BadInput(
+            f"{provider} does not run here ({preload_said or error}); CUDA's and cuDNN's libraries must be of the "
+            "major version that onnxruntime-gpu was built for: pip install -e '.[cuda]', or a torch that brings them"
+        ) from error
+
+
 def _output(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout.strip()
@@ -260,6 +278,7 @@ def main(out: Path, parts: str, minutes: float) -> None:
     for key, value in about.items():
         errors.print(f"{key}: {value}", highlight=False)
 
+    check_provider("CUDAExecutionProvider", about["preload_dlls"])
     from export.ops.build import build, elementwise
     from export.ops.device import ON_CUDA
     from models.activations import get
