@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export import bundle
-from export.ops.onnx_function import onnx_function
+from export.ops.onnx_function import onnx_function, operator_name
 from export.ops.trace import trace
 from models.decoder import Decoder, Weights
 
@@ -82,6 +82,8 @@ class Graph:
 Positions = Literal["last", "all"]
 Flavor = Literal["ort", "portable"]
 ORT = "com.microsoft"  # ONNX Runtime's own operators
+# An operator of ONNX's that is the whole activation, and no slower than our kernel (docs/log.md, fused operators).
+STANDARD = {"relu": "Relu"}
 
 
 def build(decoder: Decoder, flavor: Flavor = "ort", positions: Positions = "last") -> onnx.ModelProto:
@@ -321,13 +323,30 @@ def _attention_of_last(g: Graph, decoder: Decoder, i: int, x: str, shared: _Shar
 
 def _feed_forward(g: Graph, decoder: Decoder, i: int, x: str, axes: list[str]) -> str:
     """down(activation(up(x))): [..., C] -> [..., C]."""
-    at, w, activation = f"blocks.{i}.", decoder.block(i), decoder.activation
+    at, w, activation = f"blocks.{i}.", dict(decoder.block(i)), decoder.activation
+    biased, bias = _biased(decoder), []
+    if biased:  # the operator adds the bias itself: one pass over the hidden units less
+        bias = [g.weight(f"{at}up.bias", w.pop("up.bias"))]
     up = _linear(g, "up", w, x, at)
     learned = [g.weight(f"{at}learned.{name}", w[f"learned.{name}"]) for name in activation.learned]
-    hidden = g.node(activation.name, up, *learned, domain=bundle.DOMAIN, output=at + "hidden")
+    if standard := _standard(decoder):
+        hidden = g.node(standard, up, output=at + "hidden")
+    else:
+        operator = operator_name(activation.name, biased)
+        hidden = g.node(operator, up, *bias, *learned, domain=bundle.DOMAIN, output=at + "hidden")
     # Without its shape, the product that follows would not become a Gemm.
     g.value_info.append(helper.make_tensor_value_info(hidden, TensorProto.FLOAT, [*axes, decoder.hidden]))
     return _linear(g, "down", w, hidden, at)
+
+
+def _biased(decoder: Decoder) -> bool:
+    """Whether the activation's operator adds the bias of `up`."""
+    return "up.bias" in decoder.block(0) and trace(decoder.activation).elementwise
+
+
+def _standard(decoder: Decoder) -> str:
+    """The operator of ONNX's own that stands in the place of ours; "" where ours does."""
+    return "" if _biased(decoder) else STANDARD.get(decoder.activation.name, "")
 
 
 def _probabilities(g: Graph, logits: str) -> None:
@@ -338,9 +357,7 @@ def _probabilities(g: Graph, logits: str) -> None:
     """
     log_softmax = g.node("LogSoftmax", logits, axis=-1)
     rest = g.node("Exp", g.node("Neg", g.node("Abs", logits)))  # in (0, 1]
-    log_sigmoid = g.node(
-        "Sub", g.node("Min", logits, g.scalar(0.0)), g.node("Log", g.node("Add", rest, g.scalar(1.0)))
-    )
+    log_sigmoid = g.node("Sub", g.node("Min", logits, g.scalar(0.0)), g.node("Log", g.node("Add", rest, g.scalar(1.0))))
     g.node("Exp", log_softmax, output=bundle.SOFTMAX)
     g.node("Exp", log_sigmoid, output=bundle.SIGMOID)
     g.split("TopK", logits, bundle.TOP_K, outputs=["top_logits", bundle.TOP_IDS], axis=-1, largest=1, sorted=1)
@@ -375,7 +392,7 @@ def _model(g: Graph, decoder: Decoder, flavor: Flavor, positions: Positions) -> 
     activation = decoder.activation
     model = helper.make_model(
         graph,
-        functions=[onnx_function(activation.name, trace(activation))],
+        functions=[] if _standard(decoder) else [onnx_function(activation.name, trace(activation), _biased(decoder))],
         opset_imports=[
             helper.make_opsetid(domain, version)
             for domain, version in {"": bundle.OPSET, bundle.DOMAIN: 1, **({ORT: 1} if flavor == "ort" else {})}.items()

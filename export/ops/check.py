@@ -191,10 +191,12 @@ def check_activation(
 ) -> float:
     """The worst |error| over its bound in float32, of the exported function inlined and, where a library with this
     formula is given, of its kernel; GateFailed above 1."""
-    feeds = probes(activation, rng)
-    (got,) = open_session(one_node(activation, function)).run(None, feeds)
+    biased = function.name != activation.name
+    feeds = probes(activation, rng, biased)
+    model = one_node(activation, function, biased)
+    (got,) = open_session(model).run(None, feeds)
     inlined = worst_ratio(activation, feeds, got, error_bound.FLOAT32)
     if not fused or fused.why_not(activation.name, activation.digest, cuda=False):
         return inlined
-    (got,) = open_session(one_node(activation, function), fused).run(None, feeds)
+    (got,) = open_session(model, fused).run(None, feeds)
     return max(inlined, worst_ratio(activation, feeds, got, error_bound.KERNEL, "the fused kernel"))
