@@ -119,6 +119,8 @@ def export(
         raise BadInput(f"--{given[0].replace('_', '-')} goes with --random; a checkpoint brings its own")
     with errors.status("loading torch"):
         from export import exporter
+        from export.inspection import in_a_line
+        from export.ops.library import DEFAULT_FOLDER
         from export.ops.trace import trace
         from models.activations import get
         from models.corpus import Corpus
@@ -154,6 +156,7 @@ def export(
             highlight=False,
             soft_wrap=True,
         )
+        errors.print(in_a_line(folder, manifest, DEFAULT_FOLDER), markup=False, highlight=False, soft_wrap=True)
         if outside := trace(get(manifest.activation)).outside:
             errors.print(_outside(manifest.activation, outside), highlight=False, soft_wrap=True)
     if as_json:

@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from actuary import BadInput, GateFailed
-from export import bundle
+from export import bundle, onnx_file
+from export.audit import check_file
 from export.catalogue import describe, write_catalogue
 from export.graph import Flavor, build
 from export.half import emulated, half
@@ -210,6 +211,7 @@ def export_bundle(
         decoder = dataclasses.replace(decoder, weights={})
         (folder / bundle.TOKENIZER).write_bytes(checkpoint.tokenizer_json)
         parity = check(decoder, checkpoint.model, str(folder / bundle.MODEL), seed, float_model, precision)
+        check_file(onnx_file.read(folder / bundle.MODEL), bundle.OPSET)
         manifest = _manifest(
             name=name,
             family=decoder.family,

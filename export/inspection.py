@@ -119,8 +119,8 @@ def in_a_line(folder: Path, manifest: Manifest, ops: Path) -> str:
         return f"not opened here: {error}"
     why = f" ({found.unfused})" if found.audit.activation == "inlined" else ""
     said = f"{len(found.audit.nodes)} nodes on the CPU, {manifest.activation} {found.audit.activation}{why}"
-    cuda = f"refused: {found.foreseen}" if found.foreseen else "nothing known against it, and not tried"
-    return "; ".join([said, *found.audit.notes, f"on CUDA {cuda}"])
+    cuda = "refused, and actuary inspect says why" if found.foreseen else "not tried, nothing known against it"
+    return "; ".join([said, *found.audit.notes, f"on CUDA: {cuda}"])
 
 
 def _plain(name: str) -> str:
