@@ -11,6 +11,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,47 @@ def test_without_the_library_the_same_file_means_the_same(fused, name: str):
             few["x"] = np.clip(few["x"], -50, 50)  # numpy warns where e^x overflows
             (read,) = ReferenceEvaluator(onnx.load_from_string(model)).run(None, few)
             worst_ratio(record, few, read, error_bound.FLOAT32, f"onnx's ReferenceEvaluator ({biased=})")
+
+
+# What a stranger has who only installed onnxruntime.
+STRANGER = """
+import importlib.util, sys
+sys.path[:0] = sys.argv[2:]
+import numpy, onnxruntime
+from pathlib import Path
+assert not any(map(importlib.util.find_spec, ("actuary", "export", "torch", "onnx")))
+for model in sorted(Path(sys.argv[1]).glob("*.onnx")):
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    numpy.save(model.with_suffix(".npy"), session.run(None, dict(numpy.load(model.with_suffix(".npz"))))[0])
+"""
+
+
+def test_every_file_runs_where_nothing_of_ours_is_installed(tmp_path, bundles):
+    """A process that sees numpy and onnxruntime alone: neither our library, nor Actuary, torch or onnx."""
+    wanted = {}
+    for name in FUSED:
+        record = get(name)
+        wanted[name] = probes(record, np.random.default_rng(29))
+        (tmp_path / f"{name}.onnx").write_bytes(one_node(record, onnx_function(name, trace(record))))
+    ids, lengths = np.arange(24).reshape(2, 12), np.array([12, 5])
+    wanted["bundle"] = {"input_ids": ids, "lengths": lengths, "top_k": np.array([1])}
+    shutil.copy(bundles / "swiglu" / "model.onnx", tmp_path / "bundle.onnx")
+    for name, feeds in wanted.items():
+        np.savez(tmp_path / f"{name}.npz", **feeds)
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    for package in (np, onnxruntime):
+        folder = Path(package.__file__).parent
+        for part in folder.parent.glob(f"{folder.name}*"):  # numpy.libs too
+            (installed / part.name).symlink_to(part)
+    command = [sys.executable, "-I", "-S", "-c", STRANGER, str(tmp_path), str(installed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in FUSED:
+        got = np.load(tmp_path / f"{name}.npy")
+        worst_ratio(get(name), wanted[name], got, error_bound.FLOAT32, "a plain onnxruntime")
+    session = onnxruntime.InferenceSession(bundles / "swiglu" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert np.array_equal(np.load(tmp_path / "bundle.npy"), session.run(["logits"], wanted["bundle"])[0])
 
 
 @pytest.mark.parametrize("name", FUSED)
