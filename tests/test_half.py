@@ -99,7 +99,8 @@ def test_a_norm_of_large_values_does_not_overflow(tiny_checkpoint):
 @pytest.mark.parametrize(("activation", "name"), [*((a, "fp16") for a in registry()), *EXTRA])
 def test_every_activation_passes_and_shows_the_noise_that_rounding_makes(tiny_checkpoint, tmp_path, activation, name):
     _, manifest = export_bundle(tiny_checkpoint(activation), tmp_path, precision=name, seed=5)
-    assert 0.6 <= manifest.parity.noise <= SAFETY_OF_NOISE  # a bound that nothing comes near could not fail
+    # A bound that nothing comes near could not fail; where a step falls the other way in the noise alone, it is far.
+    assert (0.3 if activation == "threshold" else 0.6) <= manifest.parity.noise <= SAFETY_OF_NOISE
     assert manifest.parity.activation <= 1
 
 

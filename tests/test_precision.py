@@ -155,7 +155,8 @@ def test_int8_shows_the_noise_that_rounding_makes(tiny_checkpoint, activation):
     checkpoint = tiny_checkpoint(activation)
     _, max_rel, bound, noise, _ = int8_gate(checkpoint, build(checkpoint.decoder))
     assert max_rel <= bound
-    assert 0.7 <= noise <= SAFETY_OF_NOISE  # a bound that nothing comes near could not fail
+    # A bound that nothing comes near could not fail; where a step falls the other way in the noise alone, it is far.
+    assert (0.3 if activation == "threshold" else 0.7) <= noise <= SAFETY_OF_NOISE
 
 
 @pytest.mark.parametrize(
