@@ -98,7 +98,7 @@ class Parity(_Record):
     max_abs: float  # of the logits
     max_rel: float  # of the logits, over the largest |logit| of their row
     bound: float  # of max_rel
-    noise: float | None = None  # int8, fp16, bf16: error of a typical prompt's logits over what rounding's own noise makes
+    noise: float | None = None  # int8, fp16, bf16: error of the middle prompt over rounding's own noise
     verified: list[Verified] = ["cpu"]
     activation: float  # the activation alone, random and extreme inputs: worst |error| over its own bound, at most 1
     probes: int
