@@ -250,7 +250,13 @@ def _described(folder: Path, manifest: Manifest, found: Inspection | None) -> Ta
         "precision": f"{manifest.precision}, {manifest.flavor}, opset {manifest.opset}",
         "quality": quality,
         "parity": f"relative error {manifest.parity.max_rel:.1e} of {manifest.parity.bound:.1e} allowed; "
-        f"the activation alone {manifest.parity.activation:.2f} of its bound",
+        + (
+            f"{manifest.parity.noise:.2f} of the noise that rounding makes; "
+            if manifest.parity.noise is not None
+            else ""
+        )
+        + f"the activation alone {manifest.parity.activation:.2f} of its bound; "
+        f"checked on: {', '.join(manifest.parity.verified)}",
         "created": f"{manifest.created.isoformat()} with {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}",
         **{
             name: f"sha256 {digest[:16]}..., {(folder / name).stat().st_size:,} bytes"

@@ -58,7 +58,10 @@ class Library(BaseModel):
             cuda: whether the session's nodes go to CUDA.
         """
         if activation not in self.activations:
-            return f"the library has no {activation!r}: what looks at the hidden axis never fuses; else {REMEDY}"
+            return (
+                f"the library has no {activation!r}: what looks at the hidden axis, or is outside the compiler's "
+                f"vocabulary, never fuses; else {REMEDY}"
+            )
         if not digest:
             return "the bundle does not say which formula it was exported with; export it again"
         if self.activations[activation] != digest:
