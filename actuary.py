@@ -7,9 +7,12 @@ raises stand here too, because this is the one module that all of them may impor
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
+import signal
 import sys
+import tempfile
 from typing import Any
 
 import click
@@ -50,6 +53,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "serve": ("service.cli:serve", "serve", "Serve every bundle of a folder over HTTP."),
     "load": ("loadtest.cli:load", "load", "Put load on a running service, one row per variant."),
 }
+
+
+# Verbs that fill a folder beside its place. serve and load end on SIGTERM in their own way; train saves its state.
+WRITERS = {"export", "swap", "ops"}
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def cores() -> int:
@@ -104,17 +112,32 @@ def cli() -> None:
 def main(argv: list[str] | None = None) -> Any:
     """Run one verb. Exits 0 when done, 1 when it failed, 2 for bad arguments or input."""
     arguments = sys.argv[1:] if argv is None else argv
+    if WRITERS.intersection(arguments[:1]):
+        signal.signal(signal.SIGTERM, _end)
     try:
         return cli.main(args=arguments, prog_name="actuary")
     except ActuaryError as error:
         click.echo(f"actuary: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = error.filename or f"the folder that was written to, or in {tempfile.gettempdir()}"
+        click.echo(f"actuary: no room left in {where}: {error.strerror}; make some, or name another folder", err=True)
+        sys.exit(ActuaryError.exit_code)
     except ModuleNotFoundError as missing:
         verb = next((argument for argument in arguments if argument in VERBS), "")
         if not verb or not missing.name:
             raise
         click.echo(f"actuary: {_not_installed(verb, missing.name)}", err=True)
         sys.exit(BadInput.exit_code)
+
+
+def _end(number: int, _: Any) -> None:
+    """SIGTERM takes half-written folders away, as Ctrl-C does."""
+    signal.signal(number, signal.SIG_IGN)
+    click.echo("actuary: ended by SIGTERM", err=True)
+    sys.exit(128 + number)
 
 
 def _not_installed(verb: str, module: str) -> str:

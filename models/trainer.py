@@ -26,8 +26,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from actuary import ActuaryError, BadInput, cores
 from models import activations
 from models.corpus import Corpus
-from models.files import check_writable
-from models.train import Diverged, Recipe, Stopped, Variant, fingerprint, finished, train_variant
+from models.files import check_replaceable, check_writable
+from models.train import QUALITY, Diverged, Recipe, Stopped, Variant, fingerprint, finished, train_variant
 from models.train import Progress as Report
 
 _stop = threading.Event()
@@ -42,6 +42,7 @@ def to_train(variants: Sequence[Variant], recipe: Recipe, corpus: Corpus, out: P
         recipe.config(variant)  # refuses a shape before anything is trained
         done = finished(out / variant.name)
         if done is None:
+            check_replaceable(out / variant.name, QUALITY, "a checkpoint that `actuary train` finished")
             missing.append(variant)
             continue
         asked = fingerprint(variant, recipe, corpus.sha256)
