@@ -180,7 +180,7 @@ def _ways(record: Activation, case: Case, library: Library | None, threads: int)
         x = rng.normal(size=(case.rows, case.hidden // EXPANSION if ffn else width)).astype(np.float32)
         feeds, eager = {"x": x}, _torch_run(record, proto, x, ffn)
     ways: dict[Way, Callable[[], None]] = {"unfused": _bound(_session(proto, None, threads), feeds), "torch": eager}
-    if library and not library.why_not(record.name, record.digest, cuda=False):
+    if library and not library.why_not(record.name, trace(record).digest, cuda=False):
         ways["fused"] = _bound(_session(proto, library, threads), feeds)
     if case.place == "alone":
         ways["copy"] = _copy(4 * case.rows * case.hidden * (3 if record.gated else 2))

@@ -43,13 +43,14 @@ def curve(activation: Activation) -> Curve:
 
 def describe(activation: Activation) -> ActivationInfo:
     """The record as people who only serve it see it."""
+    expression = trace(activation)
     return ActivationInfo(
         name=activation.name,
-        formula=formula(trace(activation)),
+        formula=formula(expression),
         kind=activation.kind,
         paper=activation.paper,
         learned=dict(activation.learned),
-        digest=activation.digest,
+        digest=expression.digest,
         curve=curve(activation),
     )
 

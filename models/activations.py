@@ -84,7 +84,8 @@ class Activation:
 
     @functools.cached_property
     def digest(self) -> str:
-        """12 hex digits that change when the formula does: of its values at fixed places, to 6 figures."""
+        """12 hex digits that say whether a model was trained with this function, however it is written: of its values
+        at fixed places, to 6 figures. Whether a kernel is the very same: export/ops/trace.py."""
         x = torch.linspace(-8, 8, 64, dtype=torch.float64).reshape(8, 8)
         tensors = (x, x.flip(0)) if self.gated else (x,)
         learned = (torch.tensor([start], dtype=torch.float64) for start in self.learned.values())

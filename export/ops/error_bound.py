@@ -75,11 +75,9 @@ FLOAT16 = Arithmetic(HALF_UNIT, HALF_STEP, torch.float16, _ADDS)
 
 
 def rounded_to(type: str, value: Tensor, bound: Tensor) -> Tensor:
-    """The bound after one more rounding, of a float32 within `bound` of `value` to a 16-bit type. Infinite where the
-    result may overflow."""
-    unit, step, most = SIXTEEN_BITS[type]
-    largest = value.abs() + bound
-    return torch.where(largest < most, bound + unit * largest + step / 2, torch.inf)
+    """The bound after one more rounding, of a float32 within `bound` of `value` to a 16-bit type."""
+    unit, step, _ = SIXTEEN_BITS[type]
+    return bound + unit * (value.abs() + bound) + step / 2
 
 
 def value_and_bound(

@@ -40,7 +40,7 @@ class Library(BaseModel):
     ort_api: int
     system: str  # sys.platform
     machine: str  # "x86_64"
-    activations: dict[str, str]  # name: digest of the formula (models/activations.py)
+    activations: dict[str, str]  # name: digest of its steps (export/ops/trace.py)
     isas: list[str]  # instruction sets with loops of their own, best first
     vector_math: str  # where exp and its like come from inside a vector loop
     cuda: list[str]  # architectures with kernels of their own, "90"; empty: no CUDA half

@@ -8,6 +8,7 @@ vocabulary lacks is named in `outside`: such an expression is exported as standa
 from __future__ import annotations
 
 import functools
+import hashlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,6 +108,12 @@ class Expression:
         """Whether it can be fused: what it does to each element alone is known."""
         return self.alone and not self.outside
 
+    @property
+    def digest(self) -> str:
+        """12 hex digits of the steps and every constant in them: a kernel serves a graph where theirs are the same."""
+        text = repr((self.tensors, self.learned, self.steps, self.result))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
 
 class _Outside(Exception):
     """Something that the vocabulary lacks; its text names it."""
@@ -134,7 +141,7 @@ class _Reader:
         if operation == "mul" and arguments[0] == 1.0:
             return arguments[1]
         name = f"{operation}_{len(self.steps)}"
-        if name in self.record.learned:
+        while name in self.record.learned:
             name += "_"
         self.steps.append(Step(name, operation, arguments))
         return name
