@@ -8,6 +8,7 @@ beat where its data are out of cache. Figures are nanoseconds per hidden element
 
 from __future__ import annotations
 
+import html
 import itertools
 import math
 import platform
@@ -81,6 +82,9 @@ class Measured:
 
 def cases(records: Sequence[Activation], rows: Sequence[int], hidden: Sequence[int]) -> list[Case]:
     """Alone and in the feed-forward block at every size, and in the default model once."""
+    for width in hidden:
+        if width % EXPANSION:
+            raise BadInput(f"hidden {width} must be a multiple of {EXPANSION}: the block has a quarter as channels")
     sizes = list(itertools.product(rows, hidden))
     found = [Case(place, r.name, m, h) for r in records for place in ("alone", "ffn") for m, h in sizes]
     for record in records:
@@ -153,10 +157,14 @@ def _torch_run(record: Activation, model: onnx.ModelProto, x: NDArray[np.float32
 
 
 def _copy(bytes_moved: int) -> Callable[[], None]:
-    """Reads half of these bytes and writes the other half."""
-    source = np.ones(bytes_moved // 2, dtype=np.uint8)
-    target = np.empty_like(source)
-    return lambda: np.copyto(target, source)
+    """Reads half of these bytes and writes the other half, on torch's threads."""
+    source = torch.ones(bytes_moved // 2, dtype=torch.uint8)
+    target = torch.empty_like(source)
+
+    def run() -> None:
+        target.copy_(source)
+
+    return run
 
 
 def _ways(record: Activation, case: Case, library: Library | None, threads: int) -> dict[Way, Callable[[], None]]:
@@ -197,10 +205,6 @@ def _sample(run: Callable[[], None], calls: int) -> float:
 
 def measure(record: Activation, case: Case, library: Library | None, threads: int, rounds: int) -> Measured:
     """All ways of one case, `rounds` samples each, after a warm-up."""
-    if case.hidden % EXPANSION:
-        raise BadInput(
-            f"hidden {case.hidden} must be a multiple of {EXPANSION}: the block has a quarter of it as channels"
-        )
     torch.set_num_threads(threads)
     ways = _ways(record, case, library, threads)
     calls = {way: max(1, math.ceil(AT_LEAST_S / max(_sample(run, 3), 1e-7))) for way, run in ways.items()}
@@ -231,7 +235,9 @@ def machine(library: Library | None, threads: int, rounds: int) -> dict[str, Any
         "machine": f"{platform.machine()}, {_processor()}",
         "threads": threads,
         "rounds": rounds,
-        "library": library.model_dump(include={"compiler", "vector_code", "instruction_sets"}) if library else None,
+        "library": {
+            **library.model_dump(include={"compiler", "vector_math", "inputs"}), "isa": ops.running_isa(library)
+        } if library else None,
         "versions": {
             "onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "python": platform.python_version()
         },
@@ -245,50 +251,87 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or "unknown processor"
 
 
-def picture(result: dict[str, Any]) -> str:
-    """One HTML file that opens without a network: a panel per place and size, a dot and quartiles per way."""
-    import plotly.graph_objects as go
+_COLOURS: dict[Way, str] = {"fused": "#3b8bd0", "unfused": "#e0782f", "torch": "#8a8f98", "copy": "#3fa36b"}
+_MEANING = """
+<p>Each dot is the median, each line the quartiles, in nanoseconds per hidden element: less is better.</p>
+<dl>
+<dt>fused</dt><dd>our kernel for the whole activation, in ONNX Runtime</dd>
+<dt>unfused</dt><dd>the same file without the library: ONNX Runtime's own operators, one by one</dd>
+<dt>torch</dt><dd>the same expression in torch, eager</dd>
+<dt>copy</dt><dd>memory copied once, as many bytes as the activation reads and writes</dd>
+</dl>
+<p><b>alone</b> is the activation by itself; <b>ffn</b> between the two products of its block; <b>model</b> the
+default model with one prompt. Ratios are medians over rounds, each round's own pair of samples divided.</p>
+"""
+_STYLE = """
+body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:0 1rem}dd{margin:0}dt{font-weight:600}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.15rem .7rem;text-align:right}
+th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}thead{border-bottom:1px solid #999}
+"""
 
-    colours = {"fused": "#3b8bd0", "unfused": "#e0782f", "torch": "#8a8f98", "copy": "#3fa36b"}
-    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+
+def picture(result: dict[str, Any]) -> str:
+    """One HTML file that opens without a network: a panel per place and size, and everything as a table."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        key = (row["place"], 0, 0) if row["place"] == "model" else (row["place"], row["rows"], row["hidden"])
-        groups.setdefault(key, []).append(row)
-    parts: list[str] = []
-    for (place, m, h), rows in groups.items():
-        rows = sorted(rows, key=lambda row: row["unfused"]["ns_per_element"], reverse=True)
-        figure = go.Figure()
-        for way, colour in colours.items():
-            own = [row for row in rows if way in row]
-            if not own:
-                continue
-            middle = [row[way]["ns_per_element"] for row in own]
-            figure.add_scatter(
-                x=middle,
-                y=[row["activation"] for row in own],
-                mode="markers",
-                name=way,
-                marker={"color": colour, "size": 9},
-                error_x={
-                    "array": [row[way]["quartiles"][1] - value for row, value in zip(own, middle, strict=True)],
-                    "arrayminus": [value - row[way]["quartiles"][0] for row, value in zip(own, middle, strict=True)],
-                    "thickness": 1.5,
-                },
-            )
-        title = "whole model" if place == "model" else f"{place}, {m} rows of {h}"
-        figure.update_layout(
-            title=f"{title}: nanoseconds per hidden element (median, quartiles)",
-            height=140 + 24 * len(rows),
-            margin={"l": 110, "r": 20, "t": 50, "b": 40},
-            template="plotly_white",
-        )
-        figure.update_xaxes(rangemode="tozero")
-        parts.append(figure.to_html(full_html=False, include_plotlyjs=not parts, config={"displaylogo": False}))
+        sizes = "" if row["place"] == "model" else f", {row['rows']} row{'s'[: row['rows'] != 1]} of {row['hidden']}"
+        groups.setdefault(f"{row['place']}{sizes}", []).append(row)
+    # One order for all panels, the dearest unfused on top, so that an activation keeps its place.
+    first = sorted(next(iter(groups.values())), key=lambda row: row["unfused"]["ns_per_element"])
+    order = [row["activation"] for row in first]
+    charts = "".join(_chart(title, rows, order, script=i == 0) for i, (title, rows) in enumerate(groups.items()))
     about = result["machine"]
     return (
-        "<!doctype html><html lang=en><meta charset=utf-8><title>actuary bench ops</title>"
-        "<style>body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}</style>"
-        f"<h1>What an activation costs</h1><p>{about['date']}, {about['machine']}, {about['threads']} thread(s), "
-        f"{about['rounds']} rounds; onnxruntime {about['versions']['onnxruntime']}, "
-        f"torch {about['versions']['torch']}.</p>" + "".join(parts) + "</html>"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>actuary bench ops</title><style>{_STYLE}</style>"
+        f"<h1>What an activation costs</h1><p>{about['date']}, {html.escape(about['machine'])}; threads: "
+        f"{about['threads']}; rounds: {about['rounds']}; onnxruntime {about['versions']['onnxruntime']}, "
+        f"torch {about['versions']['torch']}.</p>{_MEANING}{charts}<h2>All figures</h2>{_rows(result)}</html>"
     )
+
+
+def _chart(title: str, rows: list[dict[str, Any]], order: list[str], script: bool) -> str:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for way, colour in _COLOURS.items():
+        own = [row for row in rows if way in row]
+        middle = [row[way]["ns_per_element"] for row in own]
+        spread = [row[way]["quartiles"] for row in own]
+        figure.add_scatter(
+            x=middle,
+            y=[row["activation"] for row in own],
+            mode="markers",
+            name=way,
+            marker={"color": colour, "size": 9},
+            error_x={
+                "array": [high - value for (_, high), value in zip(spread, middle, strict=True)],
+                "arrayminus": [value - low for (low, _), value in zip(spread, middle, strict=True)],
+                "thickness": 1.5,
+            },
+        )
+    figure.update_layout(
+        title=title, height=150 + 24 * len(rows), margin={"l": 110, "r": 20, "t": 50, "b": 40}, template="plotly_white"
+    )
+    # To the dearest median and a bit: one disturbed round's quartile would press all dots to the left.
+    most = max(row[way]["ns_per_element"] for row in rows for way in _COLOURS if way in row)
+    figure.update_xaxes(range=[0, 1.15 * most], title="ns per hidden element")
+    figure.update_yaxes(categoryorder="array", categoryarray=order)
+    drawn: str = figure.to_html(full_html=False, include_plotlyjs=script, config={"displayModeBar": False})
+    return drawn
+
+
+def _rows(result: dict[str, Any]) -> str:
+    heads = "".join(f"<th>{head}" for head in ("activation", "place", "rows", "hidden", *_COLOURS, "fused / unfused"))
+    lines = []
+    for row in result["rows"]:
+        figures = [shown(row[way]["ns_per_element"]) if way in row else "" for way in _COLOURS]
+        ratio = f"{row['fused']['of_unfused']:.2f}" if "fused" in row else ""
+        cells = (row["activation"], row["place"], row["rows"], row["hidden"], *figures, ratio)
+        lines.append("<tr>" + "".join(f"<td>{cell}" for cell in cells))
+    return f"<table><thead><tr>{heads}<tbody>{''.join(lines)}</table>"
+
+
+def shown(value: float) -> str:
+    """Three figures, and all digits before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

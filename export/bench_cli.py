@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def ops(
     with errors.status("loading torch"):
         from export import bench as measuring
         from export.ops import library
+        from export.ops.trace import trace
         from models.activations import get, registry
         from models.files import check_writable, write_atomically
     if threads > cores():
@@ -67,23 +69,35 @@ def ops(
     records = [get(name) for name in names]
     check_writable(out)
     fused = library.find(folder)
+    say = functools.partial(errors.print, markup=False, highlight=False, soft_wrap=True)
     if fused is None:
-        errors.print(f"no fused library in {folder}: measured without it; build it with: actuary ops build")
+        say(f"no fused library in {folder}: measured without it; build it with: actuary ops build")
+    else:
+        for record in records:
+            if reason := fused.why_not(record.name, trace(record).digest, cuda=False):
+                say(f"{record.name} is not measured fused: {reason}")
     result: dict[str, Any] = {"machine": measuring.machine(fused, threads, rounds), "rows": []}
     total = len(measuring.cases(records, rows, hidden))
+    stopped = ""
     try:
         for measured in track(
             measuring.run(records, rows, hidden, fused, threads, rounds),
             description="measuring", total=total, console=errors, disable=not errors.is_terminal,
         ):  # fmt: skip
             result["rows"].append(measured.row())
+            if not errors.is_terminal and len(result["rows"]) % max(1, total // 10) == 0:
+                say(f"{len(result['rows'])} of {total} cases")
     except KeyboardInterrupt:
-        errors.print(f"stopped after {len(result['rows'])} of {total} cases")
+        stopped = "stopped"
+    except MemoryError:
+        stopped = "out of memory: lower --rows or --hidden;"
+    if stopped:
+        say(f"{stopped} after {len(result['rows'])} of {total} cases")
     if not result["rows"]:
         raise click.Abort
     write_atomically(out / "ops.json", json.dumps(result, indent=2))
     write_atomically(out / "ops.html", measuring.picture(result))
-    errors.print(f"{out / 'ops.json'} and {out / 'ops.html'}", highlight=False)
+    say(f"{out / 'ops.json'} and {out / 'ops.html'}")
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
@@ -91,14 +105,17 @@ def ops(
 
 
 def _table(result: dict[str, Any]) -> Table:
-    table = Table(box=None, header_style="bold", title="nanoseconds per hidden element, median", title_justify="left")
+    from export.bench import shown
+
+    title = "nanoseconds per hidden element, median; fused / unfused is the median of each round's own ratio"
+    table = Table(box=None, header_style="bold", title=title, title_justify="left")
     for column in ("activation", "place", "rows", "hidden"):
         table.add_column(column, justify="right" if column in ("rows", "hidden") else "left")
     for way in WAYS:
         table.add_column(way, justify="right")
     table.add_column("fused / unfused", justify="right")
     for row in result["rows"]:
-        figures = [f"{row[way]['ns_per_element']:.3g}" if way in row else "-" for way in WAYS]
-        ratio = f"{row['fused']['of_unfused']:.2f}" if "fused" in row else "-"
+        figures = [shown(row[way]["ns_per_element"]) if way in row else "" for way in WAYS]
+        ratio = f"{row['fused']['of_unfused']:.2f}" if "fused" in row else ""
         table.add_row(row["activation"], row["place"], str(row["rows"]), str(row["hidden"]), *figures, ratio)
     return table

@@ -34,8 +34,26 @@ def test_every_place_and_way_is_measured(tmp_path):
     assert "no fused library in artifacts/ops" in done.stderr
     assert json.loads((tmp_path / "artifacts/bench/ops.json").read_text()) == result
     page = (tmp_path / "artifacts/bench/ops.html").read_text()
-    assert "whole model" in page
+    assert "ns per hidden element" in page
+    assert page.count("<tr><td>") == len(result["rows"])
     assert "https://cdn" not in page.split("<script", 1)[0]
+
+
+def test_a_library_is_measured_and_named(tmp_path, fused):
+    done = bench(
+        "--activations", "gelu", "--rows", "16", "--hidden", "64", "--rounds", "3", "--ops", str(fused.path.parent),
+        "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert all(row["fused"]["ns_per_element"] > 0 for row in result["rows"])
+    assert result["machine"]["library"] == {
+        "compiler": fused.compiler,
+        "vector_math": fused.vector_math,
+        "inputs": fused.inputs,
+        "isa": result["machine"]["library"]["isa"],
+    }
+    assert result["machine"]["library"]["isa"] in fused.isas
 
 
 @pytest.mark.parametrize(
@@ -44,7 +62,7 @@ def test_every_place_and_way_is_measured(tmp_path):
         (["--activations", "swigul"], "did you mean 'swiglu'"),
         (["--rows", "1,x"], "must be whole numbers of at least 1"),
         (["--rows", "0"], "must be whole numbers of at least 1"),
-        (["--activations", "gelu", "--hidden", "33"], "hidden 33 must be a multiple of 4"),
+        (["--activations", "gelu", "--hidden", "64,33"], "hidden 33 must be a multiple of 4"),
         (["--threads", "999"], "is more than the"),
         (["--rounds", "1"], "is not in the range"),
     ],
