@@ -12,9 +12,9 @@
                       norm -> embed^T + bias -> logits [B, V] -> softmax, sigmoid, top ids, mass, entropy
 
 Two flavours. `portable`: standard operators of opset 20, and one node of our own domain per block whose meaning
-travels in the file as a function (export/ops/onnx_function.py). `ort`: the same with ONNX Runtime's own operators,
-attention one GroupQueryAttention (from the split of qkv to before `out`) and each `+ x -> norm` one
-Skip(Simplified)LayerNormalization. What each gains is in docs/log.md.
+travels in the file as a function (export/ops/onnx_function.py), but for those of STANDARD. `ort`: the same with ONNX
+Runtime's own operators, attention one GroupQueryAttention (from the split of qkv to before `out`) and each
+`+ x -> norm` one Skip(Simplified)LayerNormalization. What each gains is in docs/log.md.
 """
 
 from __future__ import annotations

@@ -92,6 +92,9 @@ class Activation:
         text = " ".join(f"{value:.6g}" for value in self.expression(*tensors, *learned).flatten().tolist())
         return hashlib.sha256(f"{text} {dict(self.learned)}".encode()).hexdigest()[:12]
 
+    def __deepcopy__(self, memo: object) -> Activation:
+        return self  # nothing in it changes; a model that holds it can be copied
+
     def __call__(self, projected: Tensor, **learned: Tensor) -> Tensor:
         """Apply to the up-projection's output: [..., H], or packed [..., 2H] when gated -> [..., H]."""
         tensors = projected.chunk(2, dim=-1) if self.gated else (projected,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -138,6 +139,12 @@ def test_the_digest_follows_the_formula():
     assert digest(lambda x: torch.tanh(x)) == digest(lambda x: 2 * torch.sigmoid(2 * x) - 1)  # the same function
     assert digest(lambda x: torch.tanh(x)) != digest(lambda x: torch.tanh(1.001 * x))
     assert digest(lambda x, a=1.0: a * x, "learned") != digest(lambda x, a=2.0: a * x, "learned")
+
+
+def test_a_model_that_holds_a_record_can_be_copied():
+    record = activations.get("swish")
+    assert record.learned
+    assert copy.deepcopy([record]) == [record]
 
 
 def test_a_broken_entry_point_is_named(monkeypatch):
