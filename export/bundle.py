@@ -53,6 +53,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, allow_inf_nan=False)
 
 
+Precision = Literal["fp32", "int8", "fp16", "bf16"]
 Kind = Literal["pointwise", "learned", "gated", "hidden_axis"]
 
 
@@ -79,7 +80,10 @@ class ActivationInfo(_Record):
 
 
 class Quality(_Record):
-    """Held-out quality of the model as it is served; of the tokens under `head`'s own probabilities."""
+    """Held-out quality of the model as it is served; of the tokens under `head`'s own probabilities.
+
+    The text is the one that it was trained beside; of another family's checkpoint, the one named with --corpus.
+    """
 
     bits_per_byte: float
     ece: float
@@ -102,6 +106,7 @@ class Parity(_Record):
     verified: list[Verified] = ["cpu"]
     activation: float  # the activation alone, random and extreme inputs: worst |error| over its own bound, at most 1
     probes: int
+    longest_prompt: int | None = None  # of the probes, in tokens; None: written before that was counted
     probes_left_out: int = 0  # where torch's own float32 misses float64 by more than the bound
 
 
@@ -118,7 +123,7 @@ class Manifest(_Record):
     formula: str
     kind: Kind
     head: Literal["softmax", "sigmoid"]
-    precision: Literal["fp32", "int8", "fp16", "bf16"]
+    precision: Precision
     flavor: Literal["ort", "portable"]
     opset: int
     vocab_size: Annotated[int, Field(gt=0)]

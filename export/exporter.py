@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -27,27 +27,27 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from actuary import BadInput, GateFailed
-from export import bundle, onnx_file
+from export import bundle, onnx_file, parity
 from export.audit import check_file
 from export.catalogue import describe, write_catalogue
 from export.graph import Flavor, build
 from export.half import emulated, half
-from export.parity import check
 from export.precision import int8
 from models import activations
 from models.checkpoints import check_finite, read_pretrained
 from models.corpus import Corpus, padded_tokenizer
 from models.decoder import Decoder, decoder_of
-from models.files import new_folder
+from models.files import check_replaceable, check_writable, new_folder
 from models.gpt import ActuaryConfig, ActuaryGPT
-from models.quality import quality_of
+from models.quality import WINDOWS, quality_of
+from models.swap import BATCH_OF_WINDOWS, Tuning, tokenized
 from models.train import finished
 
-# protobuf cannot hold 2 GiB; past this the weights go into a file beside the model.
-EXTERNAL_DATA_FROM_BYTES = 1_800_000_000
 MOST_LOSS = 0.005  # of int8, fp16, bf16, in bits per byte; int8's default shapes lose 0.0002 at most (docs/log.md)
 MOST_TOKENS = 2**16  # of held-out text to measure it on; the default corpus has 184,408
-Precision = Literal["fp32", "int8", "fp16", "bf16"]
+# The same of another family's checkpoint, in windows of at most so many tokens: 124M parameters take 2e12 operations.
+FOREIGN_TOKENS, FOREIGN_WINDOW = 2**13, 128
+Precision = bundle.Precision
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,17 @@ def check_names(folders: list[Path]) -> None:
     twice = [str(folder) for folder, name in zip(folders, names, strict=True) if names.count(name) > 1]
     if twice:
         raise BadInput(f"{' and '.join(twice)} have one name; export them one at a time, with --name")
+
+
+def check_target(out: Path, name: str, source: Path | None = None) -> None:
+    """BadInput where OUT/NAME is no name for a bundle, or something else stands there, as the `source` itself."""
+    try:
+        target = out / bundle.checked_name(name)
+    except BadInput as error:
+        raise BadInput(f"{error}; choose one with --name") from error
+    if source and target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise BadInput(f"{target} holds the checkpoint itself; choose another --out or --name")
+    check_replaceable(target, bundle.MANIFEST, "a bundle", "choose another --out or --name")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -171,7 +182,7 @@ def export_bundle(
     seed: int | None = None,
     flavor: Flavor = "ort",
     precision: Precision = "fp32",
-    corpus: Callable[[], Corpus] = Corpus.read,
+    corpus: Callable[[], Corpus] | None = None,
 ) -> tuple[Path, bundle.Manifest]:
     """Writes the bundle OUT/NAME; where it does not compute what torch computes, GateFailed, and nothing is written.
 
@@ -181,28 +192,31 @@ def export_bundle(
         flavor: of the graph (export/graph.py).
         precision: `int8` quantises the products (export/precision.py); `fp16` and `bf16` narrow the whole graph
             (export/half.py).
-        corpus: what the loss of these is measured on; read where the checkpoint has a quality to lose.
+        corpus: what the loss of these is measured on; where None, a checkpoint with a quality is measured on the
+            default corpus, and one without is not.
     """
     seed = secrets.randbelow(2**32) if seed is None else seed
-    name = bundle.checked_name(checkpoint.name if name is None else name)
+    name = checkpoint.name if name is None else name
+    check_target(out, name)
+    check_writable(out)
     check_finite(checkpoint.model, checkpoint.name, "its training diverged; train it again")
     decoder = checkpoint.decoder
     info = describe(decoder.activation)
     model, quality, float_model = build(decoder, flavor), checkpoint.quality, None
     if precision == "int8":
-        if model.ByteSize() > EXTERNAL_DATA_FROM_BYTES:
+        if model.ByteSize() > parity.IN_MEMORY_BYTES:
             raise BadInput(
                 f"{name!r} holds {model.ByteSize() / 1e9:.1f} GB in float32; int8 is written for models of up to "
-                f"{EXTERNAL_DATA_FROM_BYTES / 1e9:.1f} GB, so export it with --precision fp32"
+                f"{parity.IN_MEMORY_BYTES / 1e9:.1f} GB, so export it with --precision fp32"
             )
-        quality = quality and _rounded_quality(quality, decoder, flavor, corpus(), int8, precision)
+        quality = _rounded_quality(checkpoint, decoder, flavor, corpus, int8, precision)
         model, float_model = int8(model), model
     elif precision != "fp32":
         model, float_model = half(model, precision), model
         # The CPU has no bfloat16 and is slow in float16: the graph that rounds as a device would.
         rounded = functools.partial(half, name=precision)
-        quality = quality and _rounded_quality(
-            quality, decoder, flavor, corpus(), lambda every: emulated(rounded(every)), precision
+        quality = _rounded_quality(
+            checkpoint, decoder, flavor, corpus, lambda every: emulated(rounded(every)), precision
         )
     with new_folder(out / name) as folder:
         _save_model(model, folder / bundle.MODEL)
@@ -210,7 +224,7 @@ def export_bundle(
         del model
         decoder = dataclasses.replace(decoder, weights={})
         (folder / bundle.TOKENIZER).write_bytes(checkpoint.tokenizer_json)
-        parity = check(decoder, checkpoint.model, str(folder / bundle.MODEL), seed, float_model, precision)
+        found = parity.check(decoder, checkpoint.model, str(folder / bundle.MODEL), seed, float_model, precision)
         check_file(onnx_file.read(folder / bundle.MODEL), bundle.OPSET)
         manifest = _manifest(
             name=name,
@@ -230,7 +244,7 @@ def export_bundle(
             hidden=decoder.hidden,
             parameters=decoder.parameters,
             quality=quality,
-            parity=parity,
+            parity=found,
             activation_info=info,
             files={path.name: bundle.sha256_of(path) for path in sorted(folder.iterdir())},
             created=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
@@ -242,26 +256,36 @@ def export_bundle(
 
 
 def _rounded_quality(
-    trained: bundle.Quality,
+    checkpoint: Checkpoint,
     decoder: Decoder,
     flavor: Flavor,
-    corpus: Corpus,
+    named: Callable[[], Corpus] | None,
     rounded: Callable[[onnx.ModelProto], onnx.ModelProto],
     precision: Precision,
-) -> bundle.Quality:
-    """What the model as `rounded` makes it is worth on held-out text, beside the float32 one; GateFailed where it loses
-    too much."""
-    if corpus.sha256 != trained.corpus_sha256:
-        raise BadInput(
-            f"{decoder.name!r} was trained on the corpus {trained.corpus_sha256[:12]}..., this one is "
-            f"{corpus.sha256[:12]}...; {precision}'s loss is measured on held-out text, so name the same with "
-            "--corpus, or use --precision fp32"
-        )
-    ids = corpus.ids(decoder.vocab_size)
-    held_out, held_out_bytes = ids.held_out, ids.held_out_bytes
-    if len(held_out) > MOST_TOKENS:
-        held_out = held_out[:MOST_TOKENS]
-        held_out_bytes = len(corpus.tokenizer(decoder.vocab_size).decode(held_out.tolist()).encode())
+) -> bundle.Quality | None:
+    """What the model as `rounded` makes it is worth on held-out text, beside the float32 one; None where no text is
+    known for it; GateFailed where it loses too much."""
+    trained = checkpoint.quality
+    if trained is None and named is None:
+        return None
+    corpus = (named or Corpus.read)()
+    if trained is None:
+        window = min(decoder.context, FOREIGN_WINDOW)
+        tokenizer = Tokenizer.from_str(checkpoint.tokenizer_json.decode())
+        text = tokenized(corpus, tokenizer, Tuning(window=window, held_out_tokens=FOREIGN_TOKENS))
+        held_out, held_out_bytes, at_once = text.held_out, text.held_out_bytes, BATCH_OF_WINDOWS
+    else:
+        if corpus.sha256 != trained.corpus_sha256:
+            raise BadInput(
+                f"{decoder.name!r} was trained on the corpus {trained.corpus_sha256[:12]}..., this one is "
+                f"{corpus.sha256[:12]}...; {precision}'s loss is measured on held-out text, so name the same with "
+                "--corpus, or use --precision fp32"
+            )
+        ids = corpus.ids(decoder.vocab_size)
+        window, at_once, held_out, held_out_bytes = decoder.context, WINDOWS, ids.held_out, ids.held_out_bytes
+        if len(held_out) > MOST_TOKENS:
+            held_out = held_out[:MOST_TOKENS]
+            held_out_bytes = len(corpus.tokenizer(decoder.vocab_size).decode(held_out.tolist()).encode())
     every = build(decoder, flavor, positions="all")
 
     def measured(model: onnx.ModelProto) -> tuple[float, float, float]:
@@ -270,7 +294,7 @@ def _rounded_quality(
         def logits_of(batch: torch.Tensor) -> torch.Tensor:
             return torch.from_numpy(session.run(None, {bundle.INPUT_IDS: batch.numpy()})[0])
 
-        return quality_of(logits_of, decoder.head, decoder.context, held_out, held_out_bytes)
+        return quality_of(logits_of, decoder.head, window, held_out, held_out_bytes, at_once)
 
     before, (after, ece, _) = measured(every)[0], measured(rounded(every))
     if not after <= before * (1 + MOST_LOSS):
@@ -297,7 +321,7 @@ def _manifest(**fields: Any) -> bundle.Manifest:
 
 
 def _save_model(model: onnx.ModelProto, path: Path) -> None:
-    large = model.ByteSize() > EXTERNAL_DATA_FROM_BYTES
+    large = model.ByteSize() > parity.IN_MEMORY_BYTES
     onnx.save_model(model, path, save_as_external_data=large, location=f"{path.name}.data" if large else None)
     onnx.checker.check_model(str(path))  # by path: a model over 2 GiB cannot be checked in memory
 

@@ -130,7 +130,7 @@ def half(model: onnx.ModelProto, name: HalfName) -> onnx.ModelProto:
                 label = f"{tensor.name}.half" if tensor.name in kept else tensor.name
                 yield numpy_helper.from_array(_narrowed(numpy_helper.to_array(tensor), kind, tensor.name), label)
 
-    return _rewritten(model, nodes, tensors(), kind.element, [_in_float32(function) for function in model.functions])
+    return rewritten(model, nodes, tensors(), kind.element, [_in_float32(function) for function in model.functions])
 
 
 def _narrowed(array: NDArray[np.float32], kind: Half, name: str) -> NDArray[Any]:
@@ -162,7 +162,7 @@ def _in_float32(function: onnx.FunctionProto) -> onnx.FunctionProto:
     return helper.make_function(function.domain, function.name, inputs, [output], nodes, function.opset_import)
 
 
-def _rewritten(
+def rewritten(
     model: onnx.ModelProto,
     nodes: list[onnx.NodeProto],
     tensors: Iterable[onnx.TensorProto],
@@ -191,7 +191,7 @@ def _rewritten(
 Step = Callable[..., str]
 
 
-def _step(nodes: list[onnx.NodeProto]) -> Step:
+def steps(nodes: list[onnx.NodeProto]) -> Step:
     """`step(operator, *inputs, output="", **attributes)` appends a node and returns its output's name."""
 
     def step(operator: str, *inputs: str, output: str = "", **attributes: Any) -> str:
@@ -204,7 +204,7 @@ def _step(nodes: list[onnx.NodeProto]) -> Step:
 def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
     """A half graph as one of float32 that rounds what the half one stores: each node between casts."""
     nodes: list[onnx.NodeProto] = []
-    step = _step(nodes)
+    step = steps(nodes)
     narrow = {tensor.name: tensor.data_type for tensor in model.graph.initializer if tensor.data_type in _ELEMENTS}
 
     def rounded(x: str, element: int, output: str) -> None:
@@ -238,7 +238,7 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
         else tensor
         for tensor in model.graph.initializer
     )
-    return _rewritten(model, nodes, tensors, TensorProto.FLOAT, model.functions)
+    return rewritten(model, nodes, tensors, TensorProto.FLOAT, model.functions)
 
 
 def dithered(model: onnx.ModelProto, rng: np.random.Generator, name: HalfName) -> onnx.ModelProto:
@@ -246,7 +246,7 @@ def dithered(model: onnx.ModelProto, rng: np.random.Generator, name: HalfName) -
     kind, plan = HALVES[name], _plan(model)
     reach = math.sqrt(3)  # a uniform number from -reach to reach has variance 1
     nodes: list[onnx.NodeProto] = []
-    step = _step(nodes)
+    step = steps(nodes)
     masks, zero = _masks(model), numpy_helper.from_array(np.float32(0), "dither.zero")
     for node in model.graph.node:
         if node.op_type in _VIEWS or not plan.narrow.intersection(node.output):
@@ -277,7 +277,7 @@ def dithered(model: onnx.ModelProto, rng: np.random.Generator, name: HalfName) -
             share = rng.uniform(-reach, reach, W.shape)
             yield numpy_helper.from_array(W + (error * share).astype(np.float32), tensor.name)
 
-    return _rewritten(model, nodes, tensors(), TensorProto.FLOAT, model.functions)
+    return rewritten(model, nodes, tensors(), TensorProto.FLOAT, model.functions)
 
 
 def ranged(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, str]]:
@@ -285,7 +285,7 @@ def ranged(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, str]]:
     weight that made it, or its node."""
     narrow = _plan(model).narrow
     nodes, called = list(model.graph.node), dict[str, str]()
-    step = _step(nodes)
+    step = steps(nodes)
     stored = {tensor.name for tensor in model.graph.initializer}
     masks = _masks(model)
     zero = numpy_helper.from_array(np.float32(0), "ranged.zero")
@@ -299,7 +299,7 @@ def ranged(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, str]]:
             called[largest] = f"{y} (of {weight})" if weight else y
     outputs = [helper.make_tensor_value_info(largest, TensorProto.FLOAT, []) for largest in called]
     tensors = [*model.graph.initializer, zero]
-    return _rewritten(model, nodes, tensors, TensorProto.FLOAT, model.functions, outputs), called
+    return rewritten(model, nodes, tensors, TensorProto.FLOAT, model.functions, outputs), called
 
 
 def _masks(model: onnx.ModelProto) -> set[str]:

@@ -21,7 +21,7 @@ import onnxruntime
 
 from actuary import BadInput
 from export import bundle, onnx_file
-from export.audit import CPU, CUDA, RECORD, Audit, audit, check_file, check_precision, foreseen_on_cuda
+from export.audit import CPU, CUDA, RECORD, Audit, audit, cannot_run, check_file, check_precision, foreseen_on_cuda
 from export.bundle import Manifest
 from export.onnx_file import OnnxFile
 from export.ops import library
@@ -113,6 +113,9 @@ def _open(path: Path, provider: str, ops: Library | None, saved: Path | None) ->
 
 def in_a_line(folder: Path, manifest: Manifest, ops: Path) -> str:
     """What `actuary export` says of a bundle that it wrote: where its nodes run here, and what is known of CUDA."""
+    if why := cannot_run(manifest.precision, CPU):
+        where = "on CUDA" if "cuda" in manifest.parity.verified else "by emulation"
+        return f"not run here: {why.partition(';')[0]}; checked {where}"
     try:
         found = inspect_bundle(folder, manifest, "cpu", ops, loaded=False)
     except BadInput as error:

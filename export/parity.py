@@ -17,16 +17,26 @@ by 0.05 %, misses it (tests/test_ops.py, tests/test_export.py).
 
 The bound of int8, fp16 and bf16. Their error is rounding to known steps, so it is measured instead of bounded: the
 float32 graph, itself held to the bound above, runs DRAWS times with random errors of the size that rounding makes
-(export/precision.py, export/half.py). What that does to a prompt's logits, as a root mean square, is its noise. The
-error of the middle one of all prompts, over its noise, must stay within SAFETY_OF_NOISE = 1.25, and the largest error
-within SAFETY_OF_LARGEST = 2 times the noise's largest. It is the middle one because a step function may fall the other
-way on some prompts, with an error many times the others'; and where the largest is missed, as many draws again are
-made, up to ROUNDS times, so that they too may meet such a step. Every activation
-and 14 random GELU models show 0.92 to 1.07 and 0.33 to 0.65 of the two in int8, 0.89 to 1.06 and 0.04 to 0.60 in fp16,
-0.87 to 1.02 and 0.05 to 0.50 in bf16; 14 models of a step function, whose noise says less, 0.44 to 1.19 and 0.01 to
-0.77.
-A fault adds in squares, so one that moves the logits by 0.75 times the noise is seen (tests/test_precision.py,
-tests/test_half.py).
+(export/precision.py, export/half.py). What that does to a prompt's logits, as a root mean square, is its noise. Three
+things are held to it: the error of the middle one of all prompts, over its noise, to SAFETY_OF_NOISE; that of each
+prompt, alone and in a batch, to SAFETY_OF_EACH; and the largest error to SAFETY_OF_LARGEST times the noise's largest. A
+function with a jump may fall the other way on some prompts, with an error many times the others', so it is not held to
+the second (`jumps`). Where the second or third is missed, as many draws again are made, up to ROUNDS times; and what
+still misses is asked once more, on other probes, before it is refused.
+
+Measured over six seeds: every activation of the registry at random weights (ours), and small models of GPT-2, Llama,
+Mistral, Qwen2 and Qwen3 with attention far from uniform, 32 or 64 channels wide (families):
+
+                       middle prompt       each prompt, of DRAWS draws
+                       ours       families        ours    families
+    int8            0.88..1.12   0.86..1.08       1.60      1.96
+    fp16            0.72..1.09   0.57..1.23       1.50      2.36
+    bf16            0.85..1.07   0.79..1.12       1.66      3.47
+    a step function 0.30..1.10                   15.25                (not held to the second)
+
+Of 210 asked of the families, one missed SAFETY_OF_EACH = 2.5 after all its draws; none missed twice. The largest error is
+0.04 to 0.77 of its bound. A fault adds in squares, so one that moves all logits by 0.75 times the noise is seen, and one
+after few prompts from 2.3 times (tests/test_precision.py, tests/test_half.py).
 
 The CPU has no kernels of bfloat16, and in float16 its session rounds less often than a device: it computes in float32
 and leaves out casts between neighbours. Both are therefore also held to the bound as `emulated` graphs, made from the
@@ -42,13 +52,15 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplementedByRuntime
 from transformers import PreTrainedModel
 
 from actuary import GateFailed
@@ -59,17 +71,22 @@ from export.ops import error_bound
 from export.ops.check import check_activation, one_node, open_session, worst_ratio
 from export.ops.check import probes as activation_probes
 from export.ops.error_bound import TINY, UNIT
-from export.ops.onnx_function import onnx_function, operator_name
-from export.ops.trace import trace
+from export.ops.onnx_function import operator_name
 from export.precision import dithered as dithered_int8
 from models.activations import Activation
 from models.decoder import Decoder
+from models.gpt import ActuaryGPT, rope_tables
 
 SAFETY = 4
-SAFETY_OF_NOISE, SAFETY_OF_LARGEST, DRAWS, ROUNDS = 1.25, 2, 4, 4  # of int8, fp16, bf16
-IN_MEMORY_BYTES = 1_800_000_000  # a larger model goes to ONNX Runtime by a file: protobuf cannot hold 2 GiB
+SAFETY_OF_NOISE, SAFETY_OF_EACH, SAFETY_OF_LARGEST, DRAWS, ROUNDS = 1.25, 2.5, 2, 4, 4  # of int8, fp16, bf16
+# The weights of a larger model lie in a file beside it, and it goes to ONNX Runtime so: protobuf cannot hold 2 GiB.
+IN_MEMORY_BYTES = 1_800_000_000
+REPORT_IT = "the graph is wrong for this model, so nothing was written: report it with its config.json and the seed"
 PROBES = 12
 LONGEST_PROBE, LONGEST_OTHER_PROBE = 1024, 128  # tokens; 2,200 in all: at 124M parameters as many more take 15 s
+# One more prompt, where the context is longer than LONGEST_PROBE: of as many tokens as LONGEST_WHOLE, and as a block's
+# scores [heads, T, T] of WHOLE_SCORES numbers (0.5 GB) take; for models of fewer than WHOLE_PARAMETERS.
+LONGEST_WHOLE, WHOLE_SCORES, WHOLE_PARAMETERS = 4096, 2**27, 50e6
 BATCH_TOKENS = 2048  # of a padded batch: at 124M parameters one of 12 x 1,024 takes 1.3 GB
 Run = Callable[..., list[NDArray[Any]]]
 
@@ -88,7 +105,9 @@ def _prompts(decoder: Decoder, rng: np.random.Generator) -> list[NDArray[np.int6
     lengths = [1, min(2, T), max(1, T // 2 - 1), T, *short]
     random = [rng.integers(0, V, size=int(length)) for length in lengths]
     ends = min(T, LONGEST_OTHER_PROBE)
-    return [*random, np.zeros(ends, dtype=np.int64), np.full(max(1, ends - 1), V - 1)]
+    whole = min(decoder.context, LONGEST_WHOLE, math.isqrt(WHOLE_SCORES // decoder.heads))
+    more = [rng.integers(0, V, size=whole)] if whole > T and decoder.parameters < WHOLE_PARAMETERS else []
+    return [*random, np.zeros(ends, dtype=np.int64), np.full(max(1, ends - 1), V - 1), *more]
 
 
 @dataclass(frozen=True)
@@ -101,6 +120,10 @@ class _Probes:
     scale: NDArray[np.float64]  # [PROBES, 1], the largest |logit|
     fair: NDArray[np.bool_]  # [PROBES]
 
+    @property
+    def left_out(self) -> int:
+        return int((~self.fair).sum())
+
 
 def _probes(decoder: Decoder, reference: PreTrainedModel, seed: int) -> _Probes:
     prompts, bound = _prompts(decoder, np.random.default_rng(seed)), model_bound(decoder)
@@ -111,12 +134,14 @@ def _probes(decoder: Decoder, reference: PreTrainedModel, seed: int) -> _Probes:
     # A step function may fall either way where its input is within rounding of the step: a probe on which
     # torch in float32 does not meet torch in float64 says nothing of the export.
     fair = (np.abs(single - exact) / scale).max(axis=-1) <= bound
-    if fair.sum() < PROBES / 2:
+    found = _Probes(seed, prompts, exact, scale, fair)
+    if found.left_out > len(prompts) / 2:
         raise GateFailed(
-            f"torch's own float32 misses its float64 by more than {bound:.2g} on {PROBES - fair.sum()} of "
-            f"{PROBES} probes: {decoder.name!r} at these weights is not determined in float32"
+            f"torch's own float32 misses its float64 by more than {bound:.2g} on {found.left_out} of "
+            f"{len(prompts)} probes: {decoder.name!r} at these weights is not determined in float32; train it longer, "
+            "or with another activation"
         )
-    return _Probes(seed, prompts, exact, scale, fair)
+    return found
 
 
 def check_model(
@@ -131,7 +156,7 @@ def check_model(
     Returns: (max_abs, max_rel, probes left out). GateFailed names the probe and both values.
     """
     probes = _probes(decoder, reference, seed)
-    return *_compare(decoder, probes, run, bound), int(PROBES - probes.fair.sum())
+    return *_compare(decoder, probes, run, bound), probes.left_out
 
 
 def _compare(decoder: Decoder, probes: _Probes, run: Run, bound: float | None = None) -> tuple[float, float]:
@@ -152,7 +177,7 @@ def _compare(decoder: Decoder, probes: _Probes, run: Run, bound: float | None = 
             f"{decoder.name!r} misses parity: logit of token {token} after a prompt of {len(prompts[probe])} tokens "
             f"(seed {probes.seed}, probe {probe}): torch in float64 {exact[probe, token]:.7g}, "
             f"ONNX Runtime alone {alone[probe, token]:.7g}, in a batch {outputs[bundle.LOGITS][probe, token]:.7g}; "
-            f"relative error {max_rel:.2g}, allowed {bound:.2g}"
+            f"relative error {max_rel:.2g}, allowed {bound:.2g}; {REPORT_IT}"
         )
     _check_probabilities(outputs)
     return float(max(error.max() for error in errors)), max_rel
@@ -183,6 +208,22 @@ def check_rounded(
         noisy: `float_model` with random errors of the size that rounding makes.
         called: the precision, for messages.
     """
+    once = functools.partial(_check_rounded, decoder, reference, runs, float_model, noisy, called)
+    try:
+        return once(seed)
+    except GateFailed:  # of single draws of noise, one in some hundred is small
+        return once(seed + 1)
+
+
+def _check_rounded(
+    decoder: Decoder,
+    reference: PreTrainedModel,
+    runs: Mapping[bundle.Verified, Run],
+    float_model: onnx.ModelProto,
+    noisy: Callable[[onnx.ModelProto, np.random.Generator], onnx.ModelProto],
+    called: str,
+    seed: int,
+) -> Rounded:
     probes = _probes(decoder, reference, seed)
     plain = _opened(float_model)
     _compare(decoder, probes, plain)
@@ -199,20 +240,34 @@ def check_rounded(
         return model_bound(decoder) + SAFETY_OF_LARGEST * most
 
     bound = draw()
-    noise = np.sqrt(np.square(errors).mean(axis=(0, -1)))  # of each prompt
+    sizes = {
+        where: np.sqrt(np.square(_alone_and_together(run, probes.prompts) - exact).mean(axis=-1))
+        for where, run in runs.items()
+    }
 
-    def over_noise(run: Run) -> float:
-        error = np.sqrt(np.square(_alone_and_together(run, probes.prompts) - exact).mean(axis=-1))
-        return float(np.median(error / noise))
+    def over_noise(where: bundle.Verified) -> NDArray[np.float64]:
+        """Of each prompt alone, then of each in its batch."""
+        return np.asarray(sizes[where] / np.sqrt(np.square(errors).mean(axis=(0, -1))))
 
-    ratios = {where: over_noise(run) for where, run in runs.items()}
+    ratios = {where: float(np.median(over_noise(where))) for where in runs}
     where = max(ratios, key=ratios.__getitem__)
     if not ratios[where] <= SAFETY_OF_NOISE:
         raise GateFailed(
             f"{decoder.name!r} in {called} misses parity: the typical error of its logits ({where}) is "
             f"{ratios[where]:.2f} times what rounding to {called} makes, allowed {SAFETY_OF_NOISE} "
-            f"(seed {seed})"
+            f"(seed {seed}); use --precision fp32"
         )
+    for each in () if jumps(decoder.activation) else runs:
+        while not (most := float(over_noise(each).max())) <= SAFETY_OF_EACH:
+            if len(errors) >= ROUNDS * DRAWS:
+                row = int(over_noise(each).argmax())
+                raise GateFailed(
+                    f"{decoder.name!r} in {called} misses parity: after a prompt of "
+                    f"{len(probes.prompts[row % len(probes.prompts)])} tokens (seed {seed}, {each}, "
+                    f"{'alone' if row < len(probes.prompts) else 'in a batch'}) the error of its logits is {most:.2f} "
+                    f"times what rounding to {called} makes there, allowed {SAFETY_OF_EACH}; use --precision fp32"
+                )
+            bound = draw()
     found: list[tuple[float, float]] = []
     for run in runs.values():
         while True:
@@ -223,8 +278,7 @@ def check_rounded(
                 if len(errors) >= ROUNDS * DRAWS:
                     raise
             bound = draw()
-    left_out = int(PROBES - probes.fair.sum())
-    return Rounded(max(a for a, _ in found), max(r for _, r in found), bound, ratios[where], left_out)
+    return Rounded(max(a for a, _ in found), max(r for _, r in found), bound, ratios[where], probes.left_out)
 
 
 def check_int8(
@@ -339,19 +393,89 @@ def _check_probabilities(outputs: dict[str, NDArray[Any]]) -> None:
         missed = (torch.from_numpy(outputs[name]).double() - value).abs() - TINY  # which may be flushed to zero
         error = float((missed / value.abs().clamp(min=floor)).max())
         if not error <= tolerance:
-            raise GateFailed(f"the graph's {name} misses its definition by {error:.2g}, allowed {tolerance:.2g}")
+            raise GateFailed(
+                f"the graph's {name} misses its definition by {error:.2g}, allowed {tolerance:.2g}; {REPORT_IT}"
+            )
     best = logits.sort(dim=-1, descending=True, stable=True).indices[:, : outputs[bundle.TOP_IDS].shape[-1]]
     if not np.array_equal(best.numpy(), outputs[bundle.TOP_IDS]):
-        raise GateFailed(f"the graph's {bundle.TOP_IDS} are not the ids of its largest logits, ties by rising id")
+        raise GateFailed(
+            f"the graph's {bundle.TOP_IDS} are not the ids of its largest logits, ties by rising id; {REPORT_IT}"
+        )
 
 
-def _function(model_path: str, activation: Activation) -> onnx.FunctionProto:
-    """The activation's, as the file has it; what it means, where a standard operator stands in its place."""
+def jumps(activation: Activation) -> bool:
+    """Whether it has a step between -20 and 20, found by its values 1e-4 apart: a slope of 100 is no step."""
+    x = torch.linspace(-20, 20, 400_001, dtype=torch.float64)
+    row = torch.stack([x, torch.zeros_like(x)], -1)  # two hidden units, for what works over that axis
+    arguments = [row, torch.ones_like(row)] if activation.gated else [row]
+    learned = [torch.tensor([start], dtype=torch.float64) for start in activation.learned.values()]
+    y = activation.expression(*arguments, *learned)
+    return bool((y.diff(dim=0).abs() > 0.01).any())
+
+
+def check_tables(decoder: Decoder, reference: PreTrainedModel, model: onnx.ModelProto, folder: Path) -> None:
+    """What the file says of each position, over the whole context, against the torch model's own: within one rounding
+    of the type that it is stored in. GateFailed names the first position that is not.
+
+    Args:
+        model: without its external data, which lies in `folder`.
+    """
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name, wanted in _tables(reference, decoder.context).items():
+        tensor = stored.get(name, stored.get(f"{name}.half"))
+        if tensor is None:
+            raise GateFailed(f"{decoder.name!r} misses parity: its file has no table {name}; {REPORT_IT}")
+        table = onnx.numpy_helper.to_array(tensor, str(folder))
+        kind = ml_dtypes.finfo(table.dtype)  # type: ignore[no-untyped-call]
+        got, least = table.astype(np.float64), float(kind.smallest_subnormal)
+        if got.shape != wanted.shape:
+            raise GateFailed(
+                f"{decoder.name!r} misses parity: its table {name} is {list(got.shape)}, not {list(wanted.shape)}; "
+                f"{REPORT_IT}"
+            )
+        wrong = ~(np.abs(got - wanted) <= float(kind.eps) * np.abs(wanted) + least)
+        if wrong.any():
+            at, channel = np.argwhere(wrong)[0]
+            raise GateFailed(
+                f"{decoder.name!r} misses parity: its table {name} says {got[at, channel]:.7g} of position {at}, "
+                f"channel {channel}, torch {wanted[at, channel]:.7g}; {REPORT_IT}"
+            )
+
+
+def _tables(reference: PreTrainedModel, T: int) -> dict[str, NDArray[np.float64]]:
+    """What torch knows of T positions: an embedding [T, C], or RoPE's cos and sin [T, D / 2]."""
+    if isinstance(reference, ActuaryGPT):
+        config = reference.config
+        tables = rope_tables(T, config.dim // config.heads)
+    elif hasattr(reference, "transformer"):
+        return {"position": reference.transformer.wpe.weight.detach()[:T].double().numpy()}
+    else:
+        with torch.no_grad():
+            whole = reference.model.rotary_emb(torch.zeros(1), torch.arange(T)[None])
+        tables = tuple(t[0, :, : t.shape[-1] // 2].double() for t in whole)
+    return dict(zip(("rope.cos", "rope.sin"), (t.numpy() for t in tables), strict=True))
+
+
+def check_refused(model_path: str) -> None:
+    """The CPU has no kernels of bfloat16: ONNX Runtime must find the file's types to fit, and say that and no more."""
+    try:
+        onnxruntime.InferenceSession(model_path, providers=["CPUExecutionProvider"])
+        reason = "it opens on the CPU, which has no kernels of bfloat16"
+    except NotImplementedByRuntime:
+        return
+    except Exception as error:  # onnxruntime raises its own classes, without a public base
+        reason = str(error)
+    raise GateFailed(f"the file as bf16 is none that a runtime with its kernels would load: {reason}; {REPORT_IT}")
+
+
+def _function(model: onnx.ModelProto, activation: Activation) -> onnx.FunctionProto:
+    """The activation's, as the file has it; one of the standard operator alone, where that stands in its place."""
     names = [operator_name(activation.name, biased) for biased in (False, True)]
-    functions = onnx.load(model_path, load_external_data=False).functions
-    found = [function for function in functions if function.name in names]
+    found = [function for function in model.functions if function.name in names]
     if not found and activation.name in STANDARD:
-        return onnx_function(activation.name, trace(activation))
+        node = onnx.helper.make_node(STANDARD[activation.name], ["x"], ["y"])
+        opsets = [onnx.helper.make_opsetid("", bundle.OPSET)]
+        return onnx.helper.make_function(bundle.DOMAIN, activation.name, ["x"], ["y"], [node], opsets)
     (function,) = found
     return onnx.FunctionProto.FromString(function.SerializeToString())  # a copy, so that the model it stood in can go
 
@@ -370,14 +494,19 @@ def check(
     model_path: str,
     seed: int,
     float_model: onnx.ModelProto | None = None,
-    precision: Literal["fp32", "int8", "fp16", "bf16"] = "fp32",
+    precision: bundle.Precision = "fp32",
 ) -> bundle.Parity:
     """Both comparisons on the file as written; GateFailed where one misses.
 
     Args:
         float_model: the float32 graph that the file's one was made from; None where the file is float32.
     """
-    function = _function(model_path, decoder.activation)
+    written = onnx.load(model_path, load_external_data=False)
+    function = _function(written, decoder.activation)
+    check_tables(decoder, reference, written, Path(model_path).parent)
+    del written  # it is the size of the model
+    if precision == "bf16":
+        check_refused(model_path)
     worst = check_activation(decoder.activation, function, np.random.default_rng(seed))
 
     def later(opened: Callable[[], Run]) -> Run:
@@ -399,6 +528,7 @@ def check(
         rounded = check_half(decoder, reference, runs, float_model, seed, precision)
     else:
         rounded = check_int8(decoder, reference, run, float_model, seed)
+    lengths = [len(prompt) for prompt in _prompts(decoder, np.random.default_rng(seed))]
     return bundle.Parity(
         max_abs=rounded.max_abs,
         max_rel=rounded.max_rel,
@@ -406,6 +536,7 @@ def check(
         noise=None if float_model is None else rounded.noise,
         verified=list(runs),
         activation=worst,
-        probes=PROBES,
+        probes=len(lengths),
+        longest_prompt=max(lengths),
         probes_left_out=rounded.left_out,
     )

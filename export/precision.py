@@ -21,6 +21,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from export.half import rewritten, steps
+
 LEVELS_X, LEVELS_W = 255, 127  # steps over the range of x, with 0 in it; steps from 0 to a channel's largest |W|
 
 
@@ -39,25 +41,11 @@ def _products(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, NDArray[
             yield node, numpy_helper.to_array(stored[node.input[1]])
 
 
-def _rewritten(model: onnx.ModelProto, nodes: list[onnx.NodeProto], weights: list[onnx.TensorProto]) -> onnx.ModelProto:
+def _with(model: onnx.ModelProto, nodes: list[onnx.NodeProto], weights: list[onnx.TensorProto]) -> onnx.ModelProto:
     """The model with these nodes, and the stored tensors that they read."""
     read = {name for node in nodes for name in node.input}
     kept = {tensor.name: tensor for tensor in [*model.graph.initializer, *weights] if tensor.name in read}
-    graph = helper.make_graph(
-        nodes,
-        model.graph.name,
-        model.graph.input,
-        model.graph.output,
-        list(kept.values()),
-        value_info=model.graph.value_info,
-    )
-    return helper.make_model(
-        graph,
-        functions=model.functions,
-        opset_imports=model.opset_import,
-        ir_version=model.ir_version,
-        producer_name=model.producer_name,
-    )
+    return rewritten(model, nodes, kept.values(), TensorProto.FLOAT, model.functions)
 
 
 def int8(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -88,7 +76,7 @@ def int8(model: onnx.ModelProto) -> onnx.ModelProto:
             helper.make_node("Mul", [f"{x}.step", f"{name}.step"], [f"{at}.step"], f"{at}.Step"),
             helper.make_node("Mul", [f"{at}.float", f"{at}.step"], list(node.output), f"{at}.Mul"),
         ]
-    return _rewritten(model, nodes, weights)
+    return _with(model, nodes, weights)
 
 
 def dithered(model: onnx.ModelProto, rng: np.random.Generator) -> onnx.ModelProto:
@@ -96,24 +84,19 @@ def dithered(model: onnx.ModelProto, rng: np.random.Generator) -> onnx.ModelProt
     products = {node.name: W for node, W in _products(model)}
     nodes: list[onnx.NodeProto] = []
     zero, levels = (numpy_helper.from_array(np.float32(v), f"dither.{v}") for v in (0, LEVELS_X))
-    weights = [zero, levels]
+    weights, step = [zero, levels], steps(nodes)
     for node in model.graph.node:
         if node.name not in products:
             nodes.append(node)
             continue
-        (x, name), at = node.input, node.name
+        x, name = node.input
         W = products[node.name]
         noise = quantised(W)[1] * rng.uniform(-0.5, 0.5, W.shape).astype(np.float32)
         weights.append(numpy_helper.from_array(W + noise, f"{name}.dithered"))
-
-        def step(operator: str, *inputs: str, at: str = at, **attributes: object) -> str:
-            nodes.append(helper.make_node(operator, list(inputs), [f"{at}.dither.{len(nodes)}"], **attributes))
-            return str(nodes[-1].output[0])
-
         most = step("Max", step("ReduceMax", x, keepdims=0), zero.name)
         least = step("Min", step("ReduceMin", x, keepdims=0), zero.name)
         size = step("Div", step("Sub", most, least), levels.name)
         seed = float(rng.integers(2**24))
         error = step("Mul", size, step("RandomUniformLike", x, low=-0.5, high=0.5, seed=seed))
-        nodes.append(helper.make_node("MatMul", [step("Add", x, error), f"{name}.dithered"], list(node.output), at))
-    return _rewritten(model, nodes, weights)
+        step("MatMul", step("Add", x, error), f"{name}.dithered", output=node.output[0])
+    return _with(model, nodes, weights)

@@ -60,8 +60,10 @@ def read_pretrained(source: str) -> Pretrained:
     """The checkpoint in the folder `source`, or of that name on the hub; BadInput says what is wrong and what to do."""
     folder = _folder(source)
     config = _read_config(folder)
+    shapes: dict[str, list[int]] = {}
     for path in _weight_files(folder):
-        _check_safetensors(path)
+        shapes |= _shapes(path)
+    _check_shapes(folder, config, shapes)
     model = _load(folder, config)
     tokenizer_json = _read_tokenizer(folder, config.vocab_size)
     return Pretrained(Path(source).resolve().name, model, tokenizer_json)
@@ -114,6 +116,16 @@ def _read_config(folder: Path) -> Any:
         value = getattr(config, key)
         if type(value) is not int or value < 1:
             raise BadInput(f"checkpoint {folder}: {CONFIG} has {key} = {value!r}; it must be a whole number above 0")
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if groups is not None and (type(groups) is not int or groups < 1 or heads % groups):
+        raise BadInput(
+            f"checkpoint {folder}: {CONFIG} has num_key_value_heads = {groups!r}; it must divide "
+            f"num_attention_heads = {heads}"
+        )
+    for key in ("intermediate_size", "n_inner"):
+        value = getattr(config, key, None)
+        if value is not None and (type(value) is not int or value < 1):
+            raise BadInput(f"checkpoint {folder}: {CONFIG} has {key} = {value!r}; it must be a whole number above 0")
     activation_of(config, folder.name)
     return config
 
@@ -152,13 +164,45 @@ def _is_plain(name: object) -> bool:
     return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
 
 
-def _check_safetensors(path: Path) -> None:
-    """The header alone, which knows how long the file must be."""
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Of each weight, from the header alone, which knows how long the file must be."""
     try:
-        with safe_open(path, framework="pt"):
-            pass
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path} is cut short or damaged: {error}; copy it again") from error
+
+
+def _check_shapes(folder: Path, config: Any, shapes: dict[str, list[int]]) -> None:
+    """BadInput where a weight has another shape than the config's; before anything of that size is allocated."""
+    if config.num_hidden_layers > len(shapes):  # building even their names would take minutes
+        raise BadInput(
+            f"checkpoint {folder}: {CONFIG} has num_hidden_layers = {config.num_hidden_layers}, and its files hold "
+            f"{len(shapes)} weights; they belong to different models"
+        )
+    try:
+        with _quiet(), torch.device("meta"):
+            model = _built(config)
+    except Exception as error:  # building a model can fail in any of its modules
+        raise BadInput(_unfit(folder, error)) from error
+    wanted = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    for key, shape in sorted(shapes.items()):
+        known = key if key in wanted else f"{model.base_model_prefix}.{key}"  # the hub's GPT-2 leaves the prefix out
+        if wanted.get(known, shape) != shape:
+            raise BadInput(
+                f"checkpoint {folder}: its weights do not fit its {CONFIG}: {key} has another shape, {shape} where the "
+                f"config says {wanted[known]}; they belong to different models"
+            )
+
+
+def _built(config: Any) -> PreTrainedModel:
+    """The family's own modules; of a checkpoint of `actuary swap`, with our feed-forward blocks in them."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    activation = recorded_activation(config)
+    if activation is not None:
+        swap = getattr(config, SWAP)
+        replace_blocks(model, activation, swap["hidden"], bool(swap.get("bias")))
+    return model
 
 
 def _load(folder: Path, config: Any) -> PreTrainedModel:
@@ -173,7 +217,6 @@ def _load(folder: Path, config: Any) -> PreTrainedModel:
                     dtype=torch.float32,
                     use_safetensors=True,
                     trust_remote_code=False,
-                    ignore_mismatched_sizes=True,  # to be told which
                     output_loading_info=True,
                 )
     except Exception as error:  # building a model can fail in any of its modules
@@ -181,7 +224,6 @@ def _load(folder: Path, config: Any) -> PreTrainedModel:
     for kind, what in (
         ("missing_keys", "the model needs {} and the file lacks it"),
         ("unexpected_keys", "the file holds {}, which the model does not have"),
-        ("mismatched_keys", "{} has another shape"),
     ):
         if seen[kind]:
             first = min(map(str, seen[kind]))
@@ -194,21 +236,13 @@ def _load(folder: Path, config: Any) -> PreTrainedModel:
 
 
 def _load_swapped(folder: Path, config: Any) -> tuple[PreTrainedModel, dict[str, list[str]]]:
-    """A checkpoint of `actuary swap`: the family's own modules with our feed-forward blocks in them."""
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
-    swap = getattr(config, SWAP)
-    replace_blocks(model, recorded_activation(config), swap["hidden"], bool(swap.get("bias")))
+    """A checkpoint of `actuary swap`."""
+    model = _built(config)
     tensors = {key: value for path in _weight_files(folder) for key, value in load_file(path).items()}
-    expected = model.state_dict()
-    wrong = [key for key, value in tensors.items() if key in expected and expected[key].shape != value.shape]
-    missing, unexpected = model.load_state_dict({k: v for k, v in tensors.items() if k not in wrong}, strict=False)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
     model.tie_weights()
     tied = set(model.all_tied_weights_keys)
-    return model, {
-        "missing_keys": [key for key in missing if key not in tied and key not in wrong],
-        "unexpected_keys": unexpected,
-        "mismatched_keys": wrong,
-    }
+    return model, {"missing_keys": [key for key in missing if key not in tied], "unexpected_keys": unexpected}
 
 
 def check_finite(model: PreTrainedModel, name: str, remedy: str) -> None:

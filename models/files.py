@@ -35,7 +35,7 @@ def check_replaceable(destination: Path, record: str, called: str, remedy: str =
         record: a file that every folder of this kind holds.
         called: the kind, for the message.
     """
-    if not os.path.lexists(destination) or (destination / record).is_file() and not destination.is_symlink():
+    if not os.path.lexists(destination) or ((destination / record).is_file() and not destination.is_symlink()):
         return
     if destination.is_symlink() or not destination.is_dir() or any(destination.iterdir()):
         raise BadInput(f"{destination} is not {called}, and would be deleted; {remedy}")

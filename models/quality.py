@@ -32,7 +32,12 @@ def held_out_quality(model: ActuaryGPT, ids: Ids) -> tuple[float, float, float]:
 
 @torch.inference_mode()
 def quality_of(
-    logits_of: Callable[[Tensor], Tensor], head: Head, context: int, held_out: NDArray[np.int32], held_out_bytes: int
+    logits_of: Callable[[Tensor], Tensor],
+    head: Head,
+    context: int,
+    held_out: NDArray[np.int32],
+    held_out_bytes: int,
+    at_once: int = WINDOWS,
 ) -> tuple[float, float, float]:
     """The same of anything that turns ids [B, T] into logits [B, T, V], on whichever device.
 
@@ -45,7 +50,7 @@ def quality_of(
     bins = np.zeros((3, ECE_BINS))  # count, confidence, hits
     pieces = [held_out[start : start + T + 1] for start in range(0, len(held_out) - 1, T)]
     whole = len(pieces) - (len(pieces[-1]) <= T)  # a last window that is short goes alone
-    groups = [pieces[i : min(i + WINDOWS, whole)] for i in range(0, whole, WINDOWS)]
+    groups = [pieces[i : min(i + at_once, whole)] for i in range(0, whole, at_once)]
     groups += [pieces[whole:]] if whole < len(pieces) else []
     for group in groups:
         batch = torch.from_numpy(np.stack(group)).long()

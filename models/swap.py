@@ -131,7 +131,8 @@ def swapped_width(hidden: int, before: bool, after: bool, width: Width) -> int:
     if before == after or width == "full":
         return hidden
     share = 2 / 3 if after else 3 / 2
-    return max(WIDTH_STEP, round(share * hidden / WIDTH_STEP) * WIDTH_STEP)
+    matched = max(WIDTH_STEP, round(share * hidden / WIDTH_STEP) * WIDTH_STEP)
+    return min(matched, hidden) if after else matched  # a gated form keeps units, and has no others
 
 
 @torch.no_grad()

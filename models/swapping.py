@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,18 +14,30 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
+from transformers import PreTrainedModel
 
 from actuary import BadInput
 from models import activations
 from models.checkpoints import TOKENIZER, read_pretrained
 from models.corpus import Corpus
-from models.files import check_writable, new_folder, write_atomically
+from models.files import check_replaceable, check_writable, new_folder, write_atomically
 from models.swap import Tuning, bits_per_byte, swap_activation, tokenized, tune
 from models.train import UNFINISHED
 
 REPORT = "swap.json"  # what was measured, beside the weights
 WINDOW = 128  # tokens, where nobody chose
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # its own class also where the disk is full
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder.parent.parent)) from error
 
 
 @contextlib.contextmanager
@@ -56,14 +70,15 @@ def swap_checkpoint(
         settings: of Tuning. `window` is at most the checkpoint's context.
     """
     record = activations.get(activation)
+    name = f"{Path(source).resolve().name}-{record.name}" if name is None else name
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise BadInput(f"--name {name!r} must be the plain name of a folder")
+    if (out / name).resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+        raise BadInput(f"{out / name} holds the checkpoint itself; choose another --out or --name")
+    check_replaceable(out / name, REPORT, "a swapped checkpoint", "choose another --out or --name")
     check_writable(out)
     with console.status(f"reading {source}"):
         read = read_pretrained(source)
-    name = name or f"{read.name}-{record.name}"
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise BadInput(f"--name {name!r} must be the plain name of a folder")
-    if (out / name).resolve() == Path(source).resolve():
-        raise BadInput(f"{out / name} is the checkpoint itself; choose another --out or --name")
     model, context = read.model, read.model.config.max_position_embeddings
     if window is not None and window > context:
         raise BadInput(f"--window {window} is longer than the checkpoint's context of {context}")
@@ -104,7 +119,7 @@ def swap_checkpoint(
         "settings": {**settings, "window": tuning.window, "gated_width": gated_width},
     }
     with new_folder(out / name) as folder:
-        model.save_pretrained(folder)
+        _save(model, folder)
         (folder / TOKENIZER).write_bytes(read.tokenizer_json)
         write_atomically(folder / REPORT, json.dumps(report, indent=2))
     return report

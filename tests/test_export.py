@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +15,20 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import ACTUARY, TINY
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from actuary import BadInput, GateFailed
-from export import bundle, exporter, parity
+from export import bundle, cli, exporter, parity
 from export.exporter import export_bundle, find_checkpoints, read_checkpoint
 from export.graph import Flavor, build
 from export.parity import check_model, model_bound
 from models import activations
 from models.decoder import Decoder, from_actuary
+from models.decoder import decoder_of as any_decoder_of
+from models.files import new_folder
 
 V, CONTEXT = TINY["vocab_size"], TINY["context"]
 
@@ -172,7 +177,7 @@ def test_the_gate_sees_a_sigmoid_that_is_wrong_in_its_tail(tiny_checkpoint):
 
 
 def test_weights_past_a_size_lie_beside_the_model(tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporter, "EXTERNAL_DATA_FROM_BYTES", 1000)
+    monkeypatch.setattr(parity, "IN_MEMORY_BYTES", 1000)
     folder, manifest = export_bundle(tiny_checkpoint("swiglu"), tmp_path)
     assert set(manifest.files) == {"model.onnx", "model.onnx.data", "tokenizer.json"}
     assert (folder / "model.onnx").stat().st_size < (folder / "model.onnx.data").stat().st_size
@@ -288,10 +293,160 @@ def test_a_damaged_checkpoint_is_refused_by_name(saved, tmp_path, damage, messag
     assert not list((tmp_path / "out").glob("*"))
 
 
+def _long_rope(tiny_checkpoint) -> exporter.Checkpoint:
+    return tiny_checkpoint("gelu", context=2048)
+
+
+def _long_position(tiny_checkpoint) -> exporter.Checkpoint:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=2048, n_embd=32, n_layer=1, n_head=2)).eval()
+    return exporter.Checkpoint("gpt2", model, tiny_checkpoint("gelu").tokenizer_json, quality=None)
+
+
+def _damaged_past_1500(*arguments) -> Decoder:
+    decoder = any_decoder_of(*arguments)
+    if decoder.rope is None:
+        position = decoder.weights["position"].copy()
+        position[1500:] = 0
+        return changed(decoder, {"position": position})
+    cos, sin = (table.copy() for table in decoder.rope)
+    cos[1500:], sin[1500:] = 1, 0
+    return dataclasses.replace(decoder, rope=(cos, sin))
+
+
 def test_an_output_that_is_not_a_folder_is_refused(tiny_checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"cannot write to .*choose a folder that you may write to"):
         export_bundle(tiny_checkpoint("gelu"), tmp_path / "file" / "inside")
+
+
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("there", ["checkpoint", "folder", "file", "link"])
+def test_what_is_no_bundle_is_never_replaced(saved, tiny_checkpoint, tmp_path, monkeypatch, there):
+    """`actuary export --out` of the checkpoints' own folder would else delete the checkpoint that it exports."""
+    target = tmp_path / "out" / "gelu"
+    target.parent.mkdir()
+    if there == "checkpoint":
+        saved.rename(target)
+        saved = target
+    elif there == "folder":
+        target.mkdir()
+        (target / "notes.txt").write_text("mine")
+    elif there == "file":
+        target.write_text("mine")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        target.symlink_to(tmp_path / "elsewhere")
+    before = _tree(tmp_path)
+    monkeypatch.setattr(exporter, "read_checkpoint", lambda folder: pytest.fail("it was read"))
+    refused = CliRunner().invoke(cli.export, [str(saved), "--out", str(tmp_path / "out")]).exception
+    assert isinstance(refused, BadInput), refused
+    assert "choose another --out or --name" in str(refused)
+    with pytest.raises(BadInput, match="is not a bundle"):
+        export_bundle(tiny_checkpoint("gelu"), tmp_path / "out")
+    assert _tree(tmp_path) == before
+    assert target.is_symlink() == (there == "link")
+
+
+def test_an_empty_folder_and_a_bundle_are_replaced(tiny_checkpoint, tmp_path):
+    (tmp_path / "gelu").mkdir()
+    first = export_bundle(tiny_checkpoint("gelu"), tmp_path, seed=1)[1]
+    assert export_bundle(tiny_checkpoint("gelu"), tmp_path, flavor="portable")[1].flavor != first.flavor
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2], ids=["before both", "between them", "after both"])
+def test_ctrl_c_at_the_swap_in_leaves_one_of_the_two(tmp_path, monkeypatch, renames):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").write_text("")
+    rename, count = Path.rename, 0
+
+    def interrupted(self, target):
+        nonlocal count
+        count += 1
+        if count == renames + 1:
+            raise KeyboardInterrupt
+        done = rename(self, target)
+        if count == renames == 2:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a") as folder:
+        (folder / "new").write_text("")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [
+        "a",
+        "a/new" if renames == 2 else "a/old",
+    ]
+
+
+ENDED = """
+import os, signal, sys, time
+from pathlib import Path
+import actuary
+from export import exporter
+def check(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)
+exporter.parity.check = check
+actuary.main(sys.argv[1:])
+"""
+
+
+def test_sigterm_leaves_no_half_written_folder(saved, tmp_path):
+    command = [sys.executable, "-c", ENDED, "export", str(saved), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "ended by SIGTERM" in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_disk_that_is_full_is_told_in_a_line(saved, tmp_path):
+    """A limit on a file's size says EFBIG where a full disk says ENOSPC."""
+    command = ["bash", "-c", f'ulimit -f 20; exec "$0" "$@" export {saved} --out {tmp_path / "out"}', *ACTUARY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "actuary: no room left in" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("make", [_long_rope, _long_position], ids=["rope", "position"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_gate_sees_a_table_that_is_wrong_past_the_long_prompts(
+    tmp_path, tiny_checkpoint, monkeypatch, make, precision
+):
+    """Positions that no probe reaches, of a model too large for a prompt of its whole context."""
+    monkeypatch.setattr(parity, "WHOLE_PARAMETERS", 0)
+    checkpoint = make(tiny_checkpoint)
+    _, manifest = export_bundle(checkpoint, tmp_path, precision=precision)
+    assert manifest.parity.longest_prompt == 1024
+    monkeypatch.setattr(exporter, "decoder_of", _damaged_past_1500)
+    with pytest.raises(GateFailed, match=r"its table (rope.cos|position) says .* of position 1500, channel"):
+        export_bundle(checkpoint, tmp_path, precision=precision)
+
+
+def test_a_small_model_is_asked_with_its_whole_context(tiny_checkpoint, tmp_path):
+    _, manifest = export_bundle(tiny_checkpoint("gelu", context=1100), tmp_path)
+    assert (manifest.parity.longest_prompt, manifest.parity.probes) == (1100, parity.PROBES + 1)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--random", "--activation", "gelu", "--precision", "int8"]])
+def test_a_corpus_that_nothing_reads_is_refused(saved, tmp_path, arguments):
+    given = [*(arguments or [str(saved)]), "--corpus", __file__, "--out", str(tmp_path / "out")]
+    refused = CliRunner().invoke(cli.export, given).exception
+    assert isinstance(refused, BadInput), refused
+    assert "--corpus is the text on which int8, fp16 and bf16 are measured" in str(refused)
+
+
+def test_a_folders_name_that_names_no_bundle_is_refused_before_it_is_read(saved, tmp_path, monkeypatch):
+    bad = saved.rename(saved.with_name("my model"))
+    monkeypatch.setattr(exporter, "read_checkpoint", lambda folder: pytest.fail("it was read"))
+    refused = CliRunner().invoke(cli.export, [str(bad), "--out", str(tmp_path / "out")]).exception
+    assert "'my model' cannot name a bundle" in str(refused)
+    assert "choose one with --name" in str(refused)
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "", "x" * 200])

@@ -195,11 +195,47 @@ def test_the_service_answers_on_the_cpu_what_torch_computes(tiny_checkpoint, tmp
 
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
 def test_weights_past_a_size_lie_beside_the_model(tiny_checkpoint, tmp_path, monkeypatch, name):
-    for module, limit in ((exporter, "EXTERNAL_DATA_FROM_BYTES"), (parity, "IN_MEMORY_BYTES")):
-        monkeypatch.setattr(module, limit, 1000)
+    monkeypatch.setattr(parity, "IN_MEMORY_BYTES", 1000)
     folder, manifest = export_bundle(tiny_checkpoint("swiglu"), tmp_path, precision=name)
     assert set(manifest.files) == {"model.onnx", "model.onnx.data", "tokenizer.json"}
     assert bundle.read_bundle(folder) == manifest
+
+
+def _a_cast_to_float32(model: onnx.ModelProto) -> None:
+    """Behind the first norm's quotient, where the half type shall go on."""
+    cast = next(n for n in model.graph.node if n.op_type == "Cast" and n.attribute[0].i == TensorProto.BFLOAT16)
+    cast.attribute[0].i = TensorProto.FLOAT
+
+
+def _a_weight_in_float32(model: onnx.ModelProto) -> None:
+    (weight,) = [t for t in model.graph.initializer if t.name == "blocks.0.up.weight"]
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float32), weight.name))
+
+
+@pytest.mark.parametrize("damage", [_a_cast_to_float32, _a_weight_in_float32])
+@pytest.mark.parametrize("flavor", ["ort", "portable"])
+def test_bf16_that_no_runtime_could_load_is_not_written(tiny_checkpoint, tmp_path, monkeypatch, flavor, damage):
+    """Both vanish where every value is in float32: what the CPU says of the file itself tells them."""
+
+    def damaged(model, name):
+        model = half.half(model, name)
+        damage(model)
+        return model
+
+    monkeypatch.setattr(exporter, "half", damaged)
+    with pytest.raises(GateFailed, match=r"none that a runtime with its kernels would load: .*report it"):
+        export_bundle(tiny_checkpoint("gelu"), tmp_path / "out", precision="bf16", flavor=flavor)
+    assert not list(tmp_path.rglob("model.onnx"))
+
+
+def test_relu_is_checked_as_the_operator_that_is_in_the_file(tiny_checkpoint, monkeypatch):
+    activation = tiny_checkpoint("relu").decoder.activation
+    function = parity._function(build(tiny_checkpoint("relu").decoder), activation)
+    assert [(node.domain, node.op_type) for node in function.node] == [("", "Relu")]
+    monkeypatch.setitem(parity.STANDARD, "relu", "Softplus")
+    wrong = parity._function(build(tiny_checkpoint("relu").decoder), activation)
+    with pytest.raises(GateFailed, match="misses parity"):
+        parity.check_activation(activation, wrong, np.random.default_rng(0))
 
 
 def test_what_is_lost_on_held_out_text_is_measured(tiny_checkpoint, corpus, tmp_path):

@@ -11,10 +11,11 @@ import pytest
 from conftest import TINY
 
 from actuary import BadInput, GateFailed
-from export import bundle, exporter, precision
+from export import bundle, exporter, parity, precision
 from export.exporter import export_bundle
 from export.graph import ORT, Flavor, Positions, build
 from export.parity import SAFETY_OF_NOISE, check_int8, model_bound
+from models.activations import registry
 from models.decoder import Decoder
 
 
@@ -186,6 +187,56 @@ def test_the_int8_gate_sees_another_activation(tiny_checkpoint, right, wrong):
         int8_gate(checkpoint, build(other))
 
 
+@pytest.mark.parametrize(("activation", "seen"), [("gelu", True), ("threshold", False)])
+def test_the_int8_gate_sees_a_fault_on_a_few_prompts(tiny_checkpoint, activation, seen):
+    """Logits off by four times the noise after prompts of more than 30 of 32 tokens alone: the middle prompt is right.
+    A step function does as much in the noise itself."""
+    checkpoint = tiny_checkpoint(activation)
+    plain = build(checkpoint.decoder)
+    right, rng = opened(precision.int8(plain)).run, np.random.default_rng(0)
+    noise = np.std(
+        [
+            opened(precision.dithered(plain, rng)).run([bundle.LOGITS], parity._feed([np.arange(32)]))[0]
+            for _ in range(4)
+        ],
+        axis=0,
+    ).mean()
+
+    def run(outputs, feeds):
+        got = right(outputs, feeds)
+        if outputs == [bundle.LOGITS]:
+            long = (feeds[bundle.LENGTHS] > 30)[:, None]
+            got[0] = got[0] + long * 4 * noise * np.sign(np.random.default_rng(1).normal(size=got[0].shape))
+        return got
+
+    def gate():
+        return check_int8(checkpoint.decoder, checkpoint.model, run, plain, seed=3)
+
+    if seen:
+        with pytest.raises(GateFailed, match=r"misses parity: after a prompt of 3\d tokens .*use --precision fp32"):
+            gate()
+    else:
+        assert gate().noise <= SAFETY_OF_NOISE
+
+
+def test_a_jump_is_told_from_a_slope():
+    assert {name for name, record in registry().items() if parity.jumps(record)} == {"threshold"}
+
+
+def test_noise_that_came_out_small_is_drawn_again(tiny_checkpoint, monkeypatch):
+    checkpoint, seeds, once = tiny_checkpoint("gelu"), [], parity._check_rounded
+
+    def unlucky(*arguments):
+        seeds.append(arguments[-1])
+        if len(seeds) == 1:
+            raise GateFailed("misses parity")
+        return once(*arguments)
+
+    monkeypatch.setattr(parity, "_check_rounded", unlucky)
+    int8_gate(checkpoint, build(checkpoint.decoder))
+    assert seeds == [3, 4]
+
+
 @pytest.fixture(scope="module")
 def measured(tiny_checkpoint, corpus):
     """A checkpoint that says what it was trained on."""
@@ -217,7 +268,7 @@ def test_int8_is_not_measured_on_another_corpus(measured, corpus, tmp_path):
 
 
 def test_int8_of_a_model_that_is_too_large_is_refused(tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporter, "EXTERNAL_DATA_FROM_BYTES", 1000)
+    monkeypatch.setattr(parity, "IN_MEMORY_BYTES", 1000)
     with pytest.raises(BadInput, match="int8 is written for models of up to"):
         export_bundle(tiny_checkpoint("gelu"), tmp_path / "out", precision="int8")
     assert not list(tmp_path.rglob("model.onnx"))
