@@ -49,9 +49,11 @@ $(EXPORTED): $(TRAINED) | $(VENV)/.installed
 	$(ACTUARY) export $(CHECKPOINTS) --out $(BUNDLES)
 	@touch $@
 
-# Without a compiler there is no library, and everything runs all the same.
+# Without a compiler there is no library, and everything runs all the same. Touched where nothing had to be built, so that
+# the next `make up` need not look.
 $(OPS)/library.json: models/activations.py $(wildcard export/ops/*.py export/ops/native/*) | $(VENV)/.installed
-	@$(ACTUARY) ops build --out $(OPS) || echo "no fused operators: activations run inlined, slower and with the same numbers"
+	@$(ACTUARY) ops build --out $(OPS) && touch $@ || \
+	  echo "going on without a new build: with the fused operators in $(OPS), if any; else activations run inlined, slower and with the same numbers"
 
 ops: $(OPS)/library.json ## Compile the fused operators, where they are not there
 

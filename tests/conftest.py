@@ -68,7 +68,7 @@ def fused(tmp_path_factory: pytest.TempPathFactory):
     with (shared / "fused.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            return build(shared / "fused", cuda=False)[0]
+            return build(shared / "fused", cuda=False, strict=True)[0]
         except BadInput as error:
             pytest.skip(str(error))
 

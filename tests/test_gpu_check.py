@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from actuary import BadInput, GateFailed
-from export.ops import build, error_bound, gpu_check
+from export import onnx_file
+from export.ops import build, error_bound, gpu_check, gpu_measure
 from export.ops.check import one_node, open_session, probes, worst_ratio
 from export.ops.device import ON_CPU, ON_CUDA, run_once
 from export.ops.gpu_measure import (
@@ -139,6 +140,20 @@ def test_every_way_is_measured_and_one_that_does_not_run_says_why(emulated, monk
     assert row["copy"]["share_of_copy"] == 1
 
 
+def test_without_a_copy_the_other_ways_are_measured_and_reported(fused, monkeypatch, measured):
+    every = gpu_measure.made_and_run
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(
+        gpu_measure, "made_and_run", lambda makers, place: every({**makers, "copy": lambda: 1 / 0}, place)
+    )
+    row = measure_speed(Case(get("swiglu"), "float32", 4, 64), fused, ON_CPU, rounds=3, most_bytes=1)
+    assert row["failed"] == {"copy": "ZeroDivisionError: division by zero"}
+    assert row["fused"]["us"] > 0
+    assert "share_of_copy" not in row["fused"]
+    measured["speed"] = [row]
+    assert "copy: ZeroDivisionError" in markdown(measured)
+
+
 def test_samples_are_interleaved():
     order = []
     ways = {way: lambda way=way: (order.append(way), time.sleep(0.005)) for way in ("a", "b", "c")}
@@ -164,6 +179,26 @@ def test_a_model_is_exported_held_to_torch_and_timed(fused, corpus, tmp_path, mo
     assert all({"fused", "unfused", "eager", "compiled"} <= set(latency) for latency in row["latency"])
     skipped = measure_model(ModelCase("tiny", shape, "swiglu", "fp7", "ort"), fused, ON_CPU, tmp_path, (1,), 16, 3)
     assert skipped["skipped"] == "export has no precision fp7"
+
+
+def test_a_model_that_would_visit_the_cpu_is_not_timed_on_the_device(fused, corpus, tmp_path, monkeypatch):
+    from models.corpus import Corpus
+
+    monkeypatch.setattr(Corpus, "read", lambda *_: corpus)
+    shape = {"layers": 2, "dim": 32, "heads": 2, "context": 16, "vocab_size": 300}
+    on_cuda = fused.model_copy(update={"cuda": ["90"]})
+    row = measure_model(ModelCase("tiny", shape, "swiglu", "fp32", "ort"), on_cuda, ON_CUDA, tmp_path, (1,), 16, 3)
+    assert "no kernel for" in row["skipped"]
+    assert "GroupQueryAttention" in row["skipped"]
+    assert (row["failed"], row["latency"]) == ({}, [])
+    assert gpu_measure.foreseen_on_cuda(onnx_file.read(tmp_path / "tiny-fp32-ort" / "model.onnx"), "fp16") == ""
+
+
+def test_an_nvcc_that_is_none_is_named_with_all_else_that_is_missing(monkeypatch):
+    monkeypatch.setenv("NVCC", "ccache nvcc")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match=r"sees no CUDA device.*NVCC='ccache nvcc' is not a program on PATH"):
+        gpu_check.found()
 
 
 @pytest.mark.parametrize(

@@ -9,21 +9,24 @@ import os
 import platform
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
+import psutil
 import pytest
 import torch
 from conftest import ACTUARY, serving
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from actuary import BadInput, GateFailed
+from actuary import ActuaryError, BadInput, GateFailed, cores
 from export.bundle import DOMAIN, OPSET, ActivationInfo
 from export.catalogue import describe
 from export.graph import IR_VERSION
@@ -41,6 +44,7 @@ from export.ops.cpp_functor import cpp_functor, literal
 from export.ops.onnx_function import onnx_function
 from export.ops.trace import VOCABULARY, trace
 from models.activations import Activation, get, registry
+from models.files import new_folder
 from service.runtime import Runtime
 
 FUSED = [name for name, record in registry().items() if trace(record).elementwise]
@@ -166,18 +170,30 @@ def test_every_shape_and_one_or_two_threads_agree(fused, name: str, shape: tuple
         worst_ratio(record, feeds, one, error_bound.KERNEL) if one.size else None
 
 
-def test_a_result_may_be_written_over_its_input(fused):
-    """Two in a row: ONNX Runtime lets the second take its input's memory."""
-    names = ["x", "a", "b", "c", "y"]
+def test_a_result_is_written_over_its_input(fused):
+    """Four in a row and a sum need one tensor of memory beside x; with a result beside its input it would be two."""
+    names = ["x", "a", "b", "c", "d"]
     nodes = [helper.make_node("tanh", [i], [o], domain=DOMAIN) for i, o in itertools.pairwise(names)]
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [64, 1024]) for n in ("x", "y")]
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    nodes.append(helper.make_node("ReduceSum", ["d", "axis"], ["y"], keepdims=0))
+    axis = onnx.numpy_helper.from_array(np.array([1]), "axis")
+    x = np.random.default_rng(0).normal(size=(4096, 4096)).astype(np.float32)
+    shapes = {"x": x.shape, "y": [len(x)]}
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     model = helper.make_model(
-        helper.make_graph(nodes, "chain", values[:1], values[1:]), opset_imports=opsets, ir_version=IR_VERSION
+        helper.make_graph(nodes, "chain", values[:1], values[1:], [axis]),
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
+        ir_version=IR_VERSION,
     )
-    x = np.random.default_rng(0).normal(size=(64, 1024)).astype(np.float32)
-    expected = np.tanh(np.tanh(np.tanh(np.tanh(x.astype(np.float64)))))
-    np.testing.assert_allclose(run(model.SerializeToString(), {"x": x}, fused), expected, atol=1e-6)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    library.register(options, fused)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    process = psutil.Process()
+    before = process.memory_info().rss
+    (y,) = session.run(None, {"x": x})
+    assert 0.9 < (process.memory_info().rss - before) / x.nbytes < 1.5
+    row = x[7].astype(np.float64)
+    assert y[7] == pytest.approx(np.tanh(np.tanh(np.tanh(np.tanh(row)))).sum(), abs=1e-3)
 
 
 def test_the_gate_tells_a_kernel_of_another_formula(fused):
@@ -294,10 +310,24 @@ def test_a_damaged_library_is_refused_and_one_never_built_is_not(fused, tmp_path
     binary.unlink()
     with pytest.raises(BadInput, match=r"damaged \(No such file"):
         library.find(folder)
-    (folder / library.RECORD).write_text("{")
-    with pytest.raises(BadInput, match="damaged"):
-        library.find(folder)
+    for text, says in (
+        ("{", "Expecting property name"),
+        ("{}", "library.json: ops_version: Field required"),
+        ("[]", "library.json: Input should be a valid dictionary"),
+    ):
+        (folder / library.RECORD).write_text(text)
+        with pytest.raises(BadInput, match=rf"damaged \({says}.*build it with: actuary ops build"):
+            library.find(folder)
     assert library.find(tmp_path / "nothing") is None
+
+
+def test_a_folder_that_one_may_not_enter_is_refused_in_words(tmp_path, monkeypatch):
+    def denied(path: Path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", denied)  # root, who may run this, may enter all
+    with pytest.raises(BadInput, match=r"cannot read the fused operators in .*: Permission denied; make it readable"):
+        library.find(tmp_path)
 
 
 def test_a_binary_that_is_no_library_is_refused_in_words(fused, tmp_path):
@@ -321,8 +351,8 @@ def test_the_library_is_used_for_its_own_formulas_only(fused):
     assert "formula of 'gelu' is not the bundle's" in runtime.unfused(info("gelu", digest="0" * 12))
     assert "export it again" in runtime.unfused(info("gelu", digest=""))
     assert "has no 'softmax'" in runtime.unfused(info("softmax"))
-    assert "has no CUDA kernels" in fused.why_not("gelu", get("gelu").digest, cuda=True)
-    assert fused.model_copy(update={"cuda": ["90"]}).why_not("gelu", get("gelu").digest, cuda=True) == ""
+    assert "has no CUDA kernels" in fused.why_not("gelu", trace(get("gelu")).digest, cuda=True)
+    assert fused.model_copy(update={"cuda": ["90"]}).why_not("gelu", trace(get("gelu")).digest, cuda=True) == ""
 
 
 def test_a_service_without_a_library_says_so_and_one_with_a_damaged_one_does_not_start(fused, bundles, tmp_path):
@@ -389,6 +419,15 @@ def test_without_a_compiler_it_says_what_to_install(tmp_path):
     assert not (tmp_path / "ops").exists()
 
 
+@pytest.mark.parametrize("variable", ["CXX", "NVCC"])
+def test_a_compiler_with_arguments_is_refused_and_named(tmp_path, monkeypatch, variable: str):
+    if not shutil.which("c++"):
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv(variable, "ccache c++")
+    with pytest.raises(BadInput, match=f"{variable}='ccache c\\+\\+' is not a program on PATH; name one without arg"):
+        build.build(tmp_path / "ops")
+
+
 def test_a_compiler_that_fails_is_quoted_and_nothing_is_left(tmp_path):
     compiler = tmp_path / "broken++"
     compiler.write_text(
@@ -403,6 +442,123 @@ def test_a_compiler_that_fails_is_quoted_and_nothing_is_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["broken++"]
 
 
+@pytest.fixture
+def slow_compiler(tmp_path, monkeypatch) -> Path:
+    """A compiler that fails at op.cpp, if it is told to, and else waits on a process of its own, as real ones do."""
+    folder = tmp_path / "compiler"
+    (folder / "tmp").mkdir(parents=True)
+    (folder / "c++").write_text(
+        "#!/bin/sh\ncase $* in *--version*) echo slow 1.0; exit 0;; *probe.cpp*) exit 1;; esac\n"
+        f"case $FAIL$* in yes*/op.cpp*) while [ ! -e {folder}/waiting ]; do sleep 0.1; done; exit 3;; esac\n"
+        f"sleep 600 &\necho $! >> {folder}/waiting\nwait\n"
+    )
+    (folder / "c++").chmod(0o755)
+    monkeypatch.setenv("CXX", str(folder / "c++"))
+    monkeypatch.setenv("TMPDIR", str(folder / "tmp"))
+    return folder
+
+
+def ended(folder: Path, most: int) -> bool:
+    """Whether at most so many compilers were started, and none of them runs."""
+    pids = [int(line) for line in (folder / "waiting").read_text().split()]
+    alive = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    return 0 < len(pids) <= most and not alive and not list((folder / "tmp").iterdir())
+
+
+def test_the_first_compile_that_fails_ends_the_others(slow_compiler, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIL", "yes")
+    monkeypatch.setattr(build, "cores", lambda: 2)
+    monkeypatch.setattr(build.tempfile, "tempdir", str(slow_compiler / "tmp"))
+    with pytest.raises(ActuaryError, match="failed with exit code 3"):
+        build.build(tmp_path / "ops", cuda=False)
+    assert ended(slow_compiler, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["compiler"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_process_alone_ends_its_compilers_and_leaves_nothing(slow_compiler, tmp_path, number):
+    command = [*ACTUARY, "ops", "build", "--no-cuda", "--out", str(tmp_path / "ops")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (slow_compiler / "waiting").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    said = process.communicate(timeout=10)[1]
+    assert process.returncode == {signal.SIGINT: 1, signal.SIGTERM: 143}[number], said
+    assert "Traceback" not in said
+    assert ended(slow_compiler, cores())
+    assert [path.name for path in tmp_path.iterdir()] == ["compiler"]
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_two_builds_at_once_into_one_folder_both_end_and_the_last_stays(tmp_path, monkeypatch, attempts: int):
+    """Between the two renames of one, another's folder takes the place, several times over."""
+    rename, place = Path.rename, tmp_path / "ops"
+    others = iter(range(attempts))
+
+    def late(path: Path, target: Path) -> Path:
+        if target == place and next(others, None) is not None:
+            place.mkdir()
+            (place / "theirs").touch()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with new_folder(place) as folder:
+        (folder / "ours").touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["ops", "ops/ours"]
+
+
+def test_an_editors_file_among_the_sources_changes_nothing(tmp_path, monkeypatch):
+    native = shutil.copytree(build.NATIVE, tmp_path / "native")
+    monkeypatch.setattr(build, "NATIVE", native)
+    tools = build.Toolchain("c++", "1", None, "")
+    before = build._hash_of_inputs(tools, {})
+    (native / ".cpu.cpp.swp").write_bytes(b"b0VIM\xff\xfe")
+    assert build._hash_of_inputs(tools, {}) == before
+    (native / "cpu.cpp").write_bytes(b"// \xff")
+    assert build._hash_of_inputs(tools, {}) != before
+
+
+def test_paths_with_brackets_are_printed_as_they_are(fused, tmp_path):
+    (tmp_path / "x[").mkdir()
+    folder = copied(fused, tmp_path / "x[" / "y]")
+    done = actuary("ops", "build", "--no-cuda", "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert f"{folder}/{library.BINARY}: " in done.stderr
+
+
+@pytest.fixture(params=["g++", "clang++"])
+def compiler(request, monkeypatch) -> str:
+    if not shutil.which(request.param):
+        pytest.skip(f"no {request.param}")
+    monkeypatch.setenv("CXX", request.param)
+    return request.param
+
+
+def test_either_compiler_builds_what_formulas_hold_without_a_warning(compiler, tmp_path, monkeypatch):
+    """Minimum and maximum, a tensor that is not read, a step that nothing reads, and what vector.cpp declares. What C++
+    does not define, such as a null pointer moved on (which clang looks for), ends the process here."""
+    traps = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *traps))
+
+    def dead(x):
+        torch.exp(x)
+        return torch.clamp(x, -1, 1)
+
+    records = {
+        "one_side": Activation("one_side", lambda gate, up: torch.sigmoid(gate), "gated", "a test"),
+        "dead": Activation("dead", dead, "pointwise", "a test"),
+        "erf": get("gelu"),
+        "mish": get("mish"),
+    }
+    monkeypatch.setattr(build, "elementwise", lambda: {name: trace(record) for name, record in records.items()})
+    built, _ = build.build(tmp_path / "ops", cuda=False, strict=True)
+    assert (built.vector_math == "libmvec") <= (compiler == "g++"), "clang has no libmvec to call"
+    for name in ("one_side", "dead"):
+        feeds = probes(records[name], np.random.default_rng(3))
+        worst_ratio(records[name], feeds, run(one_node(records[name]), feeds, built), error_bound.KERNEL)
+
+
 def test_a_folder_of_other_things_is_not_replaced(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(BadInput, match=r"holds 'thesis.tex', which is none of ours"):
@@ -414,7 +570,11 @@ def test_cuda_without_nvcc_is_refused(monkeypatch, tmp_path):
         pytest.skip("no C++ compiler")
     done = actuary("ops", "build", "--cuda", "--out", str(tmp_path / "ops"), NVCC="/nonexistent/nvcc")
     assert done.returncode == 2, done.stderr
-    assert "--cuda needs nvcc" in done.stderr
+    assert "NVCC='/nonexistent/nvcc' is not a program on PATH" in done.stderr
+    monkeypatch.delenv("NVCC", raising=False)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    with pytest.raises(BadInput, match="--cuda needs nvcc"):
+        build.build(tmp_path / "ops", cuda=True)
 
 
 def test_a_plain_compiler_without_libmvec_builds_and_is_right(fused, tmp_path, monkeypatch):
@@ -495,7 +655,7 @@ def words(tmp_path_factory, fused):
     scalars = lambda x, float=2.0, ü=0.5, mul_0=0.1: float * x + ü * torch.tanh(x) + mul_0  # noqa: E731
     records["word_names"] = Activation("word_names", scalars, "learned", "a test")
     patch.setattr(build, "registry", lambda: records)
-    yield records, build.build(tmp_path_factory.mktemp("words") / "ops", cuda=False)[0]
+    yield records, build.build(tmp_path_factory.mktemp("words") / "ops", cuda=False, strict=True)[0]
     patch.undo()
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from export.ops.library import DEFAULT_FOLDER
 
-errors = Console(stderr=True)
+errors = Console(stderr=True, markup=False, highlight=False)  # paths and versions hold brackets
 
 
 @click.group()
@@ -45,19 +45,17 @@ def build(out: Path, cuda: bool | None, as_json: bool) -> None:
         from export.ops.trace import trace
         from models.activations import registry
 
-        made, anew = build_library(out, cuda, status.update)
+        made, anew = build_library(out, cuda, lambda line: status.update(Text(line)))
     halves = ", ".join(made.isas) + (f" and CUDA {', '.join(made.cuda)}" if made.cuda else ", no CUDA")
     errors.print(
         f"{made.path}: {len(made.activations)} activations for {halves}; vector functions: {made.vector_math}; "
         f"{made.compiler}{'' if anew else '; nothing has changed since it was built'}",
-        highlight=False,
         soft_wrap=True,
     )
     for name, record in registry().items():
         if outside := trace(record).outside:
             errors.print(
-                f"left out: {name} uses {escape(outside)}, outside the compiler's vocabulary; it runs unfused",
-                highlight=False,
+                f"left out: {name} uses {outside}, outside the compiler's vocabulary; it runs unfused",
                 soft_wrap=True,
             )
     if as_json:

@@ -11,12 +11,14 @@ and subnormals: `relu` and `min`/`max` hand NaN on, `sigmoid` and `softplus` nev
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 from actuary import BadInput
-from export.ops.trace import Expression, Ref
+from export.ops.trace import Expression, Ref, Step
 
 # Our name for an operation -> the C++ expression, over operands that are names or constants.
 _TEMPLATES = {
@@ -28,8 +30,8 @@ _TEMPLATES = {
     "sigmoid": "1.0f / (1.0f + expf(-{0}))",  # where e^-x is inf, the quotient is 0
     "softplus": "{0} > 20.0f ? {0} : log1pf(expf({0}))",  # torch's threshold: e^-20 is below half an ulp of 20
     "relu": "0.0f > {0} ? 0.0f : {0}",  # NaN compares false and stays
-    "maximum": "({0} > {1}) | ({0} != {0}) ? {0} : {1}",  # a NaN in {1} wins by losing every comparison
-    "minimum": "({0} < {1}) | ({0} != {0}) ? {0} : {1}",
+    "maximum": "(({0} > {1}) | ({0} != {0})) ? {0} : {1}",  # a NaN in {1} wins by losing every comparison
+    "minimum": "(({0} < {1}) | ({0} != {0})) ? {0} : {1}",
 }  # fmt: skip
 _TIMES_SIGMOID = "{0} / (1.0f + expf(-{1}))"  # {0} * sigmoid({1}), also where e^-x is inf: 0, and inf * 0 is NaN
 # x^n as products, which are vector code everywhere and round less often than powf errs (error_bound.py).
@@ -68,6 +70,16 @@ def literal(value: float) -> str:
     return f"(-{text})" if np.signbit(single) else text
 
 
+def _live(steps: Sequence[Step], result: Ref) -> list[Step]:
+    """The steps that the result needs."""
+    needed, live = {result}, []
+    for step in reversed(steps):
+        if step.name in needed:
+            needed.update(step.arguments)
+            live.append(step)
+    return live[::-1]
+
+
 def _quotients(expression: Expression) -> tuple[dict[str, tuple[Ref, Ref]], set[str]]:
     """Products a * sigmoid(b) -> (a, b), and the sigmoids that nothing else reads: one division does for both."""
     sigmoids = {step.name: step.arguments[0] for step in expression.steps if step.operation == "sigmoid"}
@@ -92,6 +104,9 @@ def cpp_functor(name: str, expression: Expression, cuda: bool = False) -> str:
     if not expression.elementwise:
         raise BadInput(f"activation {name!r} looks at the whole hidden axis: it has no function of one element")
     struct, where = functor_name(name), "__device__ " if cuda else ""
+    expression = dataclasses.replace(expression, steps=tuple(_live(expression.steps, expression.result)))
+    read = {expression.result, *(ref for step in expression.steps for ref in step.arguments)}
+    parameters = ", ".join(f"float {tensor}" if tensor in read else "float" for tensor in expression.tensors)
     # A learned scalar may be called like a step or a C++ keyword, or in letters that not every compiler reads.
     members = [f"learned_{i}_{key}" if key.isascii() else f"learned_{i}" for i, key in enumerate(expression.learned)]
     names = dict(zip(expression.learned, members, strict=True)) | {tensor: tensor for tensor in expression.tensors}
@@ -106,7 +121,7 @@ def cpp_functor(name: str, expression: Expression, cuda: bool = False) -> str:
         f"  {where}explicit {struct}(const float*{' learned' if members else ''})"
         + (" : " + ", ".join(f"{member}(learned[{i}])" for i, member in enumerate(members)) if members else "")
         + " {}",
-        f"  {where}float operator()({', '.join(f'float {tensor}' for tensor in expression.tensors)}) const {{",
+        f"  {where}float operator()({parameters}) const {{",
     ]
     quotients, absorbed = _quotients(expression)
     for step in expression.steps:

@@ -9,7 +9,8 @@
 
 Writes OUT/gpu-check.json after every row and OUT/gpu-check.md, ready for docs/log.md, at the end: also where a part
 failed (exit code 1), and on Ctrl-C. Wants PyTorch with CUDA, onnxruntime-gpu, nvcc and a C++ compiler; of torch any
-version with torch.compile, 2.11 and newer. `speed` stops in time for the whole to end within --minutes.
+version with torch.compile, 2.11 and newer. `speed` stops early enough to leave, of --minutes, what the later parts
+usually take; the other parts run to their end, `tests` for TESTS_S at most.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ import importlib.metadata
 import importlib.util
 import io
 import json
-import os
 import platform
-import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,16 +33,17 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 from rich.progress import Progress
+from rich.text import Text
 
 from actuary import ActuaryError, BadInput
-from export.ops.gpu_report import markdown
+from export.ops.gpu_report import in_a_line, markdown
 
 if TYPE_CHECKING:
     from export.ops.device import Place
     from export.ops.library import Library
     from models.activations import Activation
 
-errors = Console(stderr=True)
+errors = Console(stderr=True, markup=False, highlight=False)  # paths and versions hold brackets
 Row = dict[str, Any]
 Result = dict[str, Any]
 
@@ -62,8 +63,9 @@ SHAPES = {
 EXPORTS = (("fp32", "portable"), ("fp32", "ort"), ("fp16", "ort"), ("bf16", "ort"))
 BATCHES, TOKENS = (1, 16), 128
 ROUNDS = 9
-TESTS_S = 300  # kept of --minutes for what comes after `speed`, where it is asked for
-MODELS_S = 90
+TESTS_S = 300  # the most that `tests` may take
+# What the parts after `speed` usually take, and `speed` leaves them of --minutes.
+USUALLY_S = {"models": 90, "tests": 100}
 
 
 # --- what is here ----------------------------------------------------------------------------------------------------
@@ -79,6 +81,8 @@ def found() -> Row:
         )
     import torch  # isort: split
     import onnxruntime  # after torch, whose CUDA libraries it takes
+
+    from export.ops.build import find_nvcc
 
     missing = []
     if not torch.cuda.is_available():
@@ -96,9 +100,13 @@ def found() -> Row:
             f"onnxruntime {onnxruntime.__version__} was built without CUDA: pip uninstall onnxruntime, then pip "
             "install onnxruntime-gpu==1.31.1"
         )
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if not nvcc:
-        missing.append("nvcc is not there: install NVIDIA's CUDA toolkit 12.8 or newer, or name it in NVCC")
+    nvcc = None
+    try:
+        nvcc = find_nvcc()
+        if not nvcc:
+            missing.append("nvcc is not there: install NVIDIA's CUDA toolkit 12.8 or newer, or name it in NVCC")
+    except BadInput as error:
+        missing.append(str(error))
     try:
         importlib.metadata.version("actuary")
     except importlib.metadata.PackageNotFoundError:
@@ -194,7 +202,7 @@ def models(result: Result, library: Library, place: Place, folder: Path, rounds:
         try:
             row = measure_model(case, library, place, folder, BATCHES, TOKENS, rounds)
         except Exception as error:  # the other exports may still go
-            row = {"model": label, "precision": precision, "flavor": flavor, "failed": {"export": _line(error)}}
+            row = {"model": label, "precision": precision, "flavor": flavor, "failed": {"export": in_a_line(error)}}
         result["models"].append(row)
         result["failures"] += [
             f"{label} {precision} {flavor}, {way}: {why}"
@@ -215,10 +223,6 @@ def tests(result: Result, timeout_s: float) -> Iterator[None]:
     if code or " passed" not in "".join(result["tests"]["said"][-1:]):  # all skipped is not what was asked for
         result["failures"].append(f"pytest -m gpu: exit code {code}: {' | '.join(result['tests']['said'][-3:])}")
     yield
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -248,7 +252,7 @@ def check(result: Result, out: Path, steps: dict[str, tuple[Callable[[], Iterato
                         progress.advance(task)
                         save(result, out)
                 except Exception as error:  # one part must not take the others with it
-                    result["failures"].append(f"{part}: {_line(error)}")
+                    result["failures"].append(f"{part}: {in_a_line(error)}")
         except KeyboardInterrupt:
             result["failures"].append("stopped by Ctrl-C; what was measured before stands")
         finally:
@@ -266,7 +270,13 @@ def empty(about: Row) -> Result:
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("artifacts/gpu-check"),
               show_default=True, help="Folder for gpu-check.json and gpu-check.md.")  # fmt: skip
 @click.option("--parts", default=",".join(PARTS), show_default=True, help="Those to run, with commas between.")
-@click.option("--minutes", type=click.FloatRange(1), default=8, show_default=True, help="What it may take in all.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(1),
+    default=8,
+    show_default=True,
+    help="When `speed` stops, less what the parts after it usually take.",
+)
 def main(out: Path, parts: str, minutes: float) -> None:
     """Check and measure the fused operators on this machine's CUDA device."""
     wanted = [part.strip() for part in parts.split(",")]
@@ -276,7 +286,7 @@ def main(out: Path, parts: str, minutes: float) -> None:
     start = time.monotonic()
     about = found()
     for key, value in about.items():
-        errors.print(f"{key}: {value}", highlight=False)
+        errors.print(f"{key}: {value}")
 
     check_provider("CUDAExecutionProvider", about["preload_dlls"])
     from export.ops.build import build, elementwise
@@ -288,7 +298,7 @@ def main(out: Path, parts: str, minutes: float) -> None:
     result = empty(about)
     try:
         with errors.status("building") as status:
-            library, anew = build(out / "ops", cuda=True, say=status.update)
+            library, anew = build(out / "ops", cuda=True, say=lambda line: status.update(Text(line)))
     except ActuaryError as error:
         result["failures"].append(str(error))
         save(result, out)
@@ -298,8 +308,7 @@ def main(out: Path, parts: str, minutes: float) -> None:
         f"; built in {seconds:.0f} s" if anew else ""
     )
     records = [get(name) for name in elementwise()]
-    after = (MODELS_S if "models" in wanted else 0) + (TESTS_S / 3 if "tests" in wanted else 0)
-    until = start + 60 * minutes - after
+    until = start + 60 * minutes - sum(seconds for part, seconds in USUALLY_S.items() if part in wanted)
     cases = len(ROWS) * len(TYPES) * sum(map(len, SPEED.values()))
     steps: dict[str, tuple[Callable[[], Iterator[None]], int]] = {
         "kernels": (lambda: kernels(result, library, ON_CUDA, records, TYPES), len(records) * len(TYPES)),
@@ -308,13 +317,14 @@ def main(out: Path, parts: str, minutes: float) -> None:
         "tests": (lambda: tests(result, TESTS_S), 1),
     }
     check(result, out, {part: steps[part] for part in PARTS if part in wanted})
-    errors.print(f"{out / 'gpu-check.md'} and {out / 'gpu-check.json'}", highlight=False)
+    errors.print(f"{out / 'gpu-check.md'} and {out / 'gpu-check.json'}")
     click.echo(markdown(result))
     if result["failures"]:
         raise ActuaryError(f"{len(result['failures'])} failures: {result['failures'][0]}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # compilers end, what was measured is saved
     try:
         main(standalone_mode=False)
     except click.ClickException as wrong:

@@ -26,7 +26,8 @@ from onnx import helper
 from torch import Tensor
 
 from actuary import GateFailed
-from export import bundle
+from export import bundle, onnx_file
+from export.audit import foreseen_on_cuda
 from export.graph import IR_VERSION
 from export.ops import error_bound
 from export.ops.check import (
@@ -42,6 +43,7 @@ from export.ops.check import (
     worst_ratio,
 )
 from export.ops.device import ON_CPU, Place, bound, run_once
+from export.ops.gpu_report import in_a_line
 from export.ops.library import Library
 from export.ops.onnx_function import onnx_function
 from export.ops.trace import trace
@@ -141,8 +143,9 @@ def measure_speed(case: Case, library: Library, place: Place, rounds: int, most_
             "us": round(1e6 * middle, 3),
             "quartiles_us": [round(1e6 * low, 3), round(1e6 * high, 3)],
             "gb_per_s": float(f"{case.bytes_moved / middle / 1e9:.4g}"),
-            "share_of_copy": round(float(np.median(np.array(samples["copy"]) / np.array(seconds))), 4),
         }
+        if "copy" in samples:
+            row[way]["share_of_copy"] = round(float(np.median(np.array(samples["copy"]) / np.array(seconds))), 4)
         if "unfused" in samples:
             row[way]["of_unfused"] = round(float(np.median(np.array(seconds) / np.array(samples["unfused"]))), 4)
     return row
@@ -202,7 +205,7 @@ def made_and_run(makers: dict[str, Callable[[], Run]], place: Place) -> tuple[di
             place.synchronize()
             ways[way] = run
         except Exception as error:  # a type without a kernel, a compiler that is not there: anything, and worth a line
-            failed[way] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+            failed[way] = in_a_line(error)
     return ways, failed
 
 
@@ -286,6 +289,9 @@ def measure_model(
         made, folder, f"{case.label}-{case.precision}-{case.flavor}", seed=0, flavor=flavor, precision=precision
     )
     file = str(path / bundle.MODEL)
+    # It would run, and its figures be those of a graph that visits the CPU.
+    if place != ON_CPU and (why := foreseen_on_cuda(onnx_file.read(path / bundle.MODEL), case.precision)):
+        return row | {"skipped": why}
     reason = library.why_not(case.activation, manifest.activation_info.digest, cuda=place != ON_CPU)
     if reason:
         raise GateFailed(f"the fused operators do not serve the bundle just exported: {reason}")
@@ -302,7 +308,7 @@ def measure_model(
             if not worst <= manifest.parity.bound:
                 row["failed"][name] = f"relative error {worst:.2g} of the logits, allowed {manifest.parity.bound:.2g}"
         except Exception as error:  # of ONNX Runtime, of torch: the other way may still run
-            row["failed"][name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+            row["failed"][name] = in_a_line(error)
     model = model.to(place.device, TORCH_TYPES[case.precision])
     for batch in batches:
         row["latency"].append(

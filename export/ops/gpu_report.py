@@ -12,6 +12,11 @@ FIGURES = {
 }  # of the fused kernel, and how each is printed
 
 
+def in_a_line(error: BaseException) -> str:
+    """What failed, short enough for a table's cell."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+
+
 def markdown(result: Row) -> str:
     """What was found, what failed, and the figures as tables; whatever part is not there is left out."""
     about = result["found"]

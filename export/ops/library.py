@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actuary import BadInput
 
@@ -80,14 +80,20 @@ def find(folder: Path) -> Library | None:
     kind of machine: each says what to do.
     """
     binary, record = folder / BINARY, folder / RECORD
-    if not (record.exists() or binary.exists()):
-        return None
     try:
-        library = Library.model_validate({**json.loads(record.read_bytes()), "path": binary})
+        if not (record.exists() or binary.exists()):
+            return None
+        read = json.loads(record.read_bytes())
+        library = Library.model_validate({**read, "path": binary} if isinstance(read, dict) else read)
         found = hashlib.sha256(binary.read_bytes()).hexdigest()
-    except (OSError, ValueError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise BadInput(f"the fused operators in {folder} are damaged ({reason}); {REMEDY} --out {folder}") from error
+    except PermissionError as error:
+        raise BadInput(
+            f"cannot read the fused operators in {folder}: {error.strerror}; make it readable, or name another folder"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"the fused operators in {folder} are damaged ({_reason(error)}); {REMEDY} --out {folder}"
+        ) from error
     wrong = [
         f"{what} {has!r}, where this is {needs!r}"
         for what, has, needs in (
@@ -102,6 +108,13 @@ def find(folder: Path) -> Library | None:
     if wrong:
         raise BadInput(f"the fused operators in {folder} are {wrong[0]}; {REMEDY} --out {folder}")
     return library
+
+
+def _reason(error: OSError | ValueError) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return ": ".join([RECORD, *map(str, first["loc"]), first["msg"]])
+    return (error.strerror if isinstance(error, OSError) else "") or str(error)
 
 
 def register(options: Any, library: Library) -> None:

@@ -6,6 +6,10 @@
 
 #include "isa.h"
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
 namespace actuary {
 
 // ACTUARY_ISAS(X): X(name, "what people call it", whether this processor has it), best first; printed by build.py.
@@ -14,6 +18,14 @@ namespace actuary {
 ACTUARY_ISAS(ACTUARY_DECLARE)
 
 namespace {
+
+#ifdef __x86_64__
+// vector.cpp's float16 needs it on both levels; clang's __builtin_cpu_supports does not know the name.
+[[maybe_unused]] bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 struct Choice {
   const char* called;
@@ -53,7 +65,8 @@ void stretch(const Work& work, int64_t row, int64_t column, int64_t n) {
   if (!work.half) {
     const float *x = static_cast<const float*>(call.x) + in, *bias = static_cast<const float*>(call.bias);
     if (bias) bias += column;
-    work.segment(x, x + work.H, bias, bias + work.H, work.learned, static_cast<float*>(call.y) + out, n);
+    const float *up = work.gated ? x + work.H : nullptr, *up_bias = work.gated && bias ? bias + work.H : nullptr;
+    work.segment(x, up, bias, up_bias, work.learned, static_cast<float*>(call.y) + out, n);
     return;
   }
   const uint16_t *x = static_cast<const uint16_t*>(call.x) + in, *bias = static_cast<const uint16_t*>(call.bias);

@@ -3,6 +3,7 @@
 // them all.
 #include <climits>
 #include <cstdio>
+#include <mutex>
 #include <vector>
 
 #include "activation.h"
@@ -131,17 +132,21 @@ std::vector<Op> make_ops(ort::Api api) {
 
 // One domain for all sessions of the process; it lives as long as the library.
 ort::Status* domain(ort::Api api, ort::Domain** out) {
+  static std::mutex one_at_a_time;
   static std::vector<Op> ops = make_ops(api);
-  static ort::Domain* made = nullptr;
-  static ort::Status* error = [api] {
-    ort::Status* failed = ort::create_domain(api, ACTUARY_DOMAIN, &made);
-    for (size_t i = 0; !failed && i < ops.size(); ++i) {
-      failed = ort::add_op(api, made, static_cast<const ort::CustomOp*>(&ops[i]));
+  static ort::Domain* made = nullptr;  // once it holds them all
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  if (!made) {
+    // Tried anew after a failure, for a status of its own: ONNX Runtime frees each that it is handed.
+    ort::Domain* begun = nullptr;
+    if (auto* error = ort::create_domain(api, ACTUARY_DOMAIN, &begun)) return error;
+    for (const Op& op : ops) {
+      if (auto* error = ort::add_op(api, begun, static_cast<const ort::CustomOp*>(&op))) return error;
     }
-    return failed;
-  }();
+    made = begun;
+  }
   *out = made;
-  return error;
+  return nullptr;
 }
 
 }  // namespace

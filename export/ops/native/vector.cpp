@@ -14,6 +14,10 @@ ACTUARY_SIMD(expm1f) ACTUARY_SIMD(logf) ACTUARY_SIMD(log1pf) ACTUARY_SIMD(sinf) 
 extern "C" __attribute__((simd("notinbranch"))) float powf(float, float) noexcept;
 #endif
 
+#ifdef __clang__
+#pragma clang diagnostic ignored "-Wpass-failed"  // of loops that call C's library: clang has no libmvec to call
+#endif
+
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
