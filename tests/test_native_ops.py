@@ -3,6 +3,7 @@ file, every shape that must be refused, every library that must not load, and th
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import os
@@ -335,6 +336,19 @@ def test_a_binary_that_is_no_library_is_refused_in_words(fused, tmp_path):
     foreign = fused.model_copy(update={"path": tmp_path / library.BINARY})
     with pytest.raises(BadInput, match=r"ONNX Runtime does not load .*actuary ops build"):
         library.register(onnxruntime.SessionOptions(), foreign)
+
+
+def test_each_failed_registration_hands_out_a_status_of_its_own(fused, tmp_path):
+    """ONNX Runtime frees what it is handed: the same status at the second failure would be freed twice."""
+    statuses = iter([0x1000, 0x2000])
+    create_domain = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: next(statuses))
+    api = (ctypes.c_void_p * 415)()
+    api[26] = ctypes.cast(create_domain, ctypes.c_void_p)
+    get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(lambda _: ctypes.addressof(api))
+    base = (ctypes.c_void_p * 2)(ctypes.cast(get_api, ctypes.c_void_p))
+    another = ctypes.CDLL(shutil.copy(fused.path, tmp_path))  # not the copy whose operators are registered
+    another.RegisterCustomOps.restype = ctypes.c_void_p
+    assert [another.RegisterCustomOps(None, base) for _ in range(2)] == [0x1000, 0x2000]
 
 
 # --- at run time ----------------------------------------------------------------------------------------------------
