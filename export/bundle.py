@@ -88,8 +88,9 @@ class Quality(_Record):
     bits_per_byte: float
     ece: float
     corpus_sha256: str
-    fp32_bits_per_byte: float | None = None  # int8, fp16, bf16: the float32 model's, over the same text
-    tokens: int | None = None  # int8, fp16, bf16: how many held-out tokens were predicted
+    # int8, fp16, bf16: the float32 model's; the difference was measured on the first `tokens` tokens of the same text.
+    fp32_bits_per_byte: float | None = None
+    tokens: int | None = None
 
 
 # How a file ran at the gate: as written on the CPU or on CUDA; in float32 with every value rounded to its half type.

@@ -184,8 +184,8 @@ def _loss(manifest: Manifest) -> str:
     if quality is None:
         return f"what {manifest.precision} loses on text was not measured: name some with --corpus"
     return (
-        f"{quality.bits_per_byte:.4f} bits per byte over {quality.tokens:,} held-out tokens, "
-        f"{quality.fp32_bits_per_byte:.4f} in fp32"
+        f"{quality.bits_per_byte:.4f} bits per byte held out, {quality.fp32_bits_per_byte:.4f} in fp32; the loss "
+        f"measured on {quality.tokens:,} tokens"
     )
 
 
@@ -256,11 +256,11 @@ def _described(folder: Path, manifest: Manifest, found: Inspection | None) -> Ta
     table = Table(box=None, show_header=False)
     table.add_column(style="bold")
     table.add_column()
-    quality = (
-        f"{manifest.quality.bits_per_byte:.3f} bits per byte held out, ECE {manifest.quality.ece:.3f}"
-        if manifest.quality
-        else "not measured"
-    )
+    quality, measured = "not measured", manifest.quality
+    if measured:
+        quality = f"{measured.bits_per_byte:.3f} bits per byte held out, ECE {measured.ece:.3f}"
+        if measured.fp32_bits_per_byte is not None:
+            quality += f"; {measured.fp32_bits_per_byte:.3f} in float32 (loss over {measured.tokens:,} tokens)"
     rows = {
         "name": manifest.name,
         "family": manifest.family,
