@@ -210,7 +210,9 @@ def test_the_int8_gate_sees_a_fault_on_a_few_prompts(tiny_checkpoint, activation
         return got
 
     def gate():
-        return check_int8(checkpoint.decoder, checkpoint.model, run, plain, seed=3)
+        return check_int8(
+            checkpoint.decoder, checkpoint.model, run, plain, seed=5
+        )  # 3 of its 12 prompts; of the next seed's 4
 
     if seen:
         with pytest.raises(GateFailed, match=r"misses parity: after a prompt of 3\d tokens .*use --precision fp32"):

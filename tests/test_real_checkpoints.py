@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import urllib.request
@@ -37,8 +38,9 @@ from export.exporter import export_bundle, read_foreign
 from export.graph import build
 from export.parity import model_bound
 from models import activations
-from models.corpus import padded_tokenizer
+from models.corpus import Corpus, padded_tokenizer
 from models.decoder import GATED, POINTWISE, decoder_of
+from models.swap import Tuning, bits_per_byte, tokenized
 
 V, CONTEXT = 300, 48
 LENGTHS = (1, 2, 3, 17, CONTEXT - 1, CONTEXT)
@@ -307,7 +309,14 @@ THREE = {"weight_map": {str(i): f"model-0000{i}-of-00003.safetensors" for i in (
         (lambda f: (f / "model.safetensors").write_bytes(b"weights"), ["model.safetensors is cut short or damaged"]),
         (_weights(lambda w: w.pop("model.layers.1.mlp.up_proj.weight")), ["needs model.layers.1.mlp.up_proj.weight"]),
         (_weights(lambda w: w.update(extra=torch.ones(2))), ["holds extra, which the model does not have"]),
-        (_config(vocab_size=V + 1), ["model.embed_tokens.weight", "another shape"]),
+        (_config(vocab_size=V + 1), ["model.embed_tokens.weight has another shape, [300, 32]", "says [301, 32]"]),
+        # Sizes that no machine has room for: shapes are compared before anything is allocated.
+        (_config(vocab_size=10**11), ["another shape", "[100000000000, 32]"]),
+        (_config(hidden_size=2**22, num_attention_heads=2**18), ["another shape"]),
+        (_config(num_hidden_layers=10**6, layer_types=None), ["num_hidden_layers = 1000000"]),
+        (_config(num_key_value_heads=3), ["num_key_value_heads = 3", "must divide num_attention_heads = 4"]),
+        (_config(num_key_value_heads=0), ["num_key_value_heads = 0"]),
+        (_config(intermediate_size=0), ["intermediate_size = 0"]),
         (
             _weights(lambda w: w["model.norm.weight"].__setitem__(3, torch.nan)),
             ["model.norm.weight holds NaN or infinity", "take another copy"],
@@ -348,6 +357,59 @@ def test_a_slow_tokenizers_files_are_enough(folders, tmp_path):
     assert made.encode("def f(x): return x").ids == given.encode("def f(x): return x").ids
 
 
+@pytest.fixture
+def text(tmp_path, corpus) -> Path:
+    (tmp_path / "text.txt").write_text("\n".join(corpus.train)[:60000])
+    return tmp_path / "text.txt"
+
+
+def test_a_corpus_that_is_named_measures_what_is_lost(folders, text, tmp_path):
+    """On the checkpoint's own tokens; held to the same share as our own."""
+    given = ["--from", str(folders("qwen2")), "--precision", "int8", "--out", str(tmp_path / "out")]
+    measured = CliRunner().invoke(export, [*given, "--corpus", str(text)])
+    assert measured.exception is None, measured.exception
+    quality = bundle.read_bundle(tmp_path / "out" / "qwen2").quality
+    assert quality.tokens > 500
+    assert quality.bits_per_byte != quality.fp32_bits_per_byte
+    assert quality.bits_per_byte <= quality.fp32_bits_per_byte * (1 + exporter.MOST_LOSS)
+    read = read_foreign(str(folders("qwen2")))
+    tuning = Tuning(window=CONTEXT, held_out_tokens=exporter.FOREIGN_TOKENS)
+    tokens = tokenized(Corpus.read([text]), Tokenizer.from_str(read.tokenizer_json.decode()), tuning)
+    assert quality.fp32_bits_per_byte == pytest.approx(bits_per_byte(read.model, tokens, CONTEXT), rel=1e-5)
+    # Without a text nothing is measured, and that is said.
+    silent = CliRunner().invoke(export, given)
+    assert silent.exception is None
+    assert "what int8 loses on text was not measured" in " ".join(silent.stderr.split())
+    assert bundle.read_bundle(tmp_path / "out" / "qwen2").quality is None
+
+
+def test_another_familys_loss_past_the_limit_is_refused(folders, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "MOST_LOSS", -0.01)
+    with pytest.raises(GateFailed, match=r"bits per byte of held-out text, in float32 .*use --precision fp32"):
+        export_bundle(
+            read_foreign(str(folders("gpt2"))), tmp_path, precision="bf16", corpus=lambda: Corpus.read([text])
+        )
+    assert not list(tmp_path.rglob("model.onnx"))
+
+
+def test_bf16_says_how_it_was_checked(folders, tmp_path):
+    done = actuary("export", "--from", folders("gpt2"), "--precision", "bf16", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert re.search("not run here: bf16 has no kernels on the CPU; checked (by emulation|on CUDA)", said), said
+    assert "--precision fp32" not in said
+
+
+def test_a_checkpoint_is_not_replaced_by_its_own_bundle(folders, tmp_path):
+    folder = Path(shutil.copytree(folders("gpt2"), tmp_path / "dest" / "one" / "gpt2"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for out, more in ((folder.parent, []), (folder.parent.parent, ["--name", "one"])):
+        refused = CliRunner().invoke(export, ["--from", str(folder), "--out", str(out), *more]).exception
+        assert isinstance(refused, BadInput), refused
+        assert "holds the checkpoint itself; choose another --out or --name" in str(refused)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def actuary(*arguments: object) -> subprocess.CompletedProcess:
     command = [*ACTUARY, *map(str, arguments)]
     environment = {**os.environ, "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
@@ -380,7 +442,7 @@ def test_bad_input_is_exit_code_2_and_leaves_nothing(saved, tmp_path):
     assert refused.returncode == 2
     assert "cut short or damaged" in " ".join(refused.stderr.split())
     assert "Traceback" not in refused.stderr
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(
