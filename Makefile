@@ -19,7 +19,7 @@ OPS := $(ARTIFACTS)/ops
 TRAINED := $(CHECKPOINTS)/.trained-$(STEPS)
 EXPORTED := $(BUNDLES)/.exported
 
-.PHONY: up test lint format docs train export ops serve load gpu-check clean help
+.PHONY: up install test lint format docs train export ops serve load gpu-check clean help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -54,6 +54,8 @@ $(EXPORTED): $(TRAINED) | $(VENV)/.installed
 $(OPS)/library.json: models/activations.py $(wildcard export/ops/*.py export/ops/native/*) | $(VENV)/.installed
 	@$(ACTUARY) ops build --out $(OPS) && touch $@ || \
 	  echo "going on without a new build: with the fused operators in $(OPS), if any; else activations run inlined, slower and with the same numbers"
+
+install: $(VENV)/.installed ## Virtual environment and packages alone
 
 ops: $(OPS)/library.json ## Compile the fused operators, where they are not there
 

@@ -22,13 +22,13 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from actuary import BadInput
 from models.decoder import READERS, activation_of
 from models.gpt import ActuaryConfig
-from models.swap import SWAP, recorded_activation, replace_blocks
+from models.swap import OF_SWAP, SWAP, recorded_activation, replace_blocks
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 FAMILIES = tuple(family for family in READERS if family != ActuaryConfig.model_type)
@@ -97,7 +97,7 @@ def _read_config(folder: Path) -> Any:
     if not (folder / CONFIG).is_file():
         raise BadInput(f"checkpoint {folder}: {CONFIG} is missing; give a folder that save_pretrained wrote")
     settings = _read_object(folder / CONFIG)
-    family = settings.get("model_type")
+    family = str(settings.get("model_type")).removeprefix(OF_SWAP)
     if family == ActuaryConfig.model_type:
         raise BadInput(f"checkpoint {folder} is our own; export it without --from: actuary export {folder}")
     if family not in FAMILIES:
@@ -109,7 +109,7 @@ def _read_config(folder: Path) -> Any:
         )
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config = CONFIG_MAPPING[family].from_dict({**settings, "model_type": family})
     except Exception as error:  # a configuration class checks itself in many ways
         raise BadInput(_unfit(folder, error)) from error
     for key in _SHAPE:

@@ -39,6 +39,7 @@ from models.resume import load_state, save_state
 from models.train import REPORT_EVERY, SAVE_EVERY_S, Stopped
 
 Width = Literal["matched", "full"]
+OF_SWAP = "actuary_swap_"  # before the family in config.json's model_type, so that transformers alone does not read it
 SWAP = "actuary_swap"  # in config.json: what was put in place of the family's own feed-forward block
 BATCH_OF_WINDOWS = 4  # held-out windows at once
 

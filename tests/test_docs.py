@@ -55,6 +55,24 @@ def test_the_curl_line_answers(server_url):
     assert [result["model"] for result in answer.json()["results"]] == body["model"]
 
 
+def test_the_python_lines_run_with_and_without_the_library(bundles, fused, monkeypatch, tmp_path):
+    (code,) = re.findall(r"```python\n(import numpy.*?)```", README, re.DOTALL)
+    bundle = tmp_path / "artifacts" / "bundles"
+    bundle.mkdir(parents=True)
+    (bundle / "gelu").symlink_to(bundles / "gelu")
+    (tmp_path / "artifacts" / "ops").symlink_to(fused.path.parent)
+    monkeypatch.chdir(tmp_path)
+    plain = "\n".join(line for line in code.splitlines() if "register" not in line)
+    answers = []
+    for text in (code, plain):
+        names: dict = {}
+        exec(text, names)
+        answers.append(names["softmax"])
+    assert answers[0].shape[0] == 2
+    assert answers[0].sum(axis=-1) == pytest.approx(1)
+    assert answers[0] == pytest.approx(answers[1], rel=1e-3)
+
+
 def test_the_record_of_the_readme_is_one_row_of_the_table():
     row = re.search(r"^    (Activation\(.*\)),$", README, re.MULTILINE)[1]
     record = eval(row, {"Activation": Activation, "torch": torch})

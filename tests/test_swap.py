@@ -185,6 +185,7 @@ def test_the_program_swaps_tunes_and_its_result_exports(saved, tmp_path, corpus)
     report = json.loads(done.stdout)
     figures = report["bits_per_byte"]
     assert set(figures) == {"before", "swapped", "tuned"}
+    assert "step 4 of 4, loss" in done.stderr  # no terminal: a line instead of a bar
     # Four steps on text of the same kind help; whether the swap itself hurts is chance, where all weights are random.
     assert figures["tuned"] < figures["swapped"]
     assert figures["before"] != figures["swapped"]
@@ -200,6 +201,14 @@ def test_the_program_swaps_tunes_and_its_result_exports(saved, tmp_path, corpus)
     np.testing.assert_allclose(
         session.run(["logits"], feed)[0][0], expected, rtol=1e-4, atol=1e-4 * abs(expected).max()
     )
+    with pytest.raises(ValueError, match="actuary_swap_"):  # the family's own blocks would be of random weights
+        AutoModelForCausalLM.from_pretrained(folder)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert (finished.returncode, json.loads(finished.stdout)) == (0, report)
+    assert "is finished" in " ".join(finished.stderr.split())
+    other = subprocess.run([*command, "--rate", "0.1"], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert (other.returncode, json.loads((folder / "swap.json").read_text())) == (2, report)
+    assert "was swapped with other settings" in " ".join(other.stderr.split())
     # A swapped checkpoint can be swapped again, and a damaged record of the swap is refused.
     once_more = read_pretrained(str(folder)).model
     swap_activation(once_more, activations.get("relu"))
