@@ -49,6 +49,7 @@ WBITS = {"gzip": 31, "deflate": 15}  # zlib's words for the two formats
 # Work up to these sizes takes about 3 ms at most and is done on the event loop; more goes to a thread.
 INLINE_BYTES = 32_000  # 90 ns each, where each is a bracket
 INLINE_NUMBERS = 2_000  # 0.9 us each, as JSON
+MORE_LISTS = 1_000  # in long JSON, beside one for each row of ids
 NUMBERS_PER_DUMP = 1_000  # json.dumps holds the GIL until it is done
 AT_ONCE_BYTES = 1 << 20  # an answer up to this is one write; a longer one is sent row by row
 
@@ -189,7 +190,7 @@ def _parse(body: bytes, headers: Mapping[str, str], variant: Variant, settings: 
     """All that can be wrong with a request is found here, before anything is computed."""
     body = _decompressed(body, headers.get("content-encoding", ""), settings.max_body_bytes)
     json_bytes = _json_bytes(headers.get(HEADER_LENGTH), len(body))
-    asked = _inference(body[:json_bytes])
+    asked = _inference(body[:json_bytes], settings.max_prompts)
     inputs = _by_name(asked.inputs, INPUTS, "input")
     rows, columns = _check_inputs(inputs, variant, settings)
     outputs = _by_name(asked.outputs or [_Output(name=name) for name in OUTPUTS], OUTPUTS, "output")
@@ -236,10 +237,26 @@ def _int(digits: str) -> int:
     return int(digits)
 
 
-def _inference(text: bytes) -> _Inference:
+def _float(digits: str) -> float:
+    return float(digits)
+
+
+def _loaded(text: bytes, max_prompts: int) -> Any:
+    """`text`, parsed; where it is long, without holding the GIL for long."""
+    if len(text) <= INLINE_BYTES:
+        return json.loads(text)
+    lists = text.count(b"[") + text.count(b"{")
+    if lists > (allowed := max_prompts + MORE_LISTS):  # 340,000 held it for 0.3 s
+        raise Invalid(
+            f"the JSON object has {lists} lists and objects; allowed: {allowed}, for {max_prompts} rows of ids"
+        )
+    return json.loads(text, parse_int=_int, parse_float=_float)
+
+
+def _inference(text: bytes, max_prompts: int) -> _Inference:
     """The JSON object of a request."""
     try:
-        content = json.loads(text, parse_int=_int if len(text) > INLINE_BYTES else None)
+        content = _loaded(text, max_prompts)
     except (ValueError, RecursionError) as error:
         raise Invalid(
             f"the body is not JSON: {error}; where tensors follow it, Inference-Header-Content-Length says its length"

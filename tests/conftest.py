@@ -134,7 +134,7 @@ def client_python(pytestconfig: pytest.Config) -> Callable[[str], Path]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not complete.exists():
                 shutil.rmtree(folder, ignore_errors=True)
-                venv.create(folder)
+                venv.create(folder, symlinks=True)
                 # Not compiling what is never imported halves the time.
                 install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-compile", requirement]
                 done = subprocess.run([sys.executable, *install], capture_output=True, text=True, timeout=600)

@@ -254,6 +254,17 @@ def test_what_is_large_is_not_read_on_the_event_loop(client: TestClient, monkeyp
     assert threads[0] not in threads[2:]
 
 
+def test_long_json_of_lists_is_refused_before_it_is_parsed(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """json.loads holds the GIL over them: 0.3 s for a megabyte."""
+    monkeypatch.setattr(inference_protocol, "INLINE_BYTES", 100)
+    rows = {"inputs": [{**tensor("input_ids", [[1]] * 64), "data": [[1]] * 64}]}
+    assert client.post(INFER, json=rows).status_code == 200
+    for empty in ([], {}):
+        response = client.post(INFER, json={**rows, "parameters": {"of_another_extension": [empty] * 1000}})
+        assert response.status_code == 400
+        assert "1071 lists and objects; allowed: 1064" in refusal(response)
+
+
 def test_it_shares_batches_with_next_token(bundles: Path) -> None:
     async def together() -> None:
         app = create_app(Settings(bundles=bundles, provider="cpu", threads=1))
