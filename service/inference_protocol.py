@@ -103,6 +103,19 @@ class _Asked:
     binary: dict[str, bool]  # the outputs to give, in order, and whether in binary
 
 
+class InferenceError(BaseModel):
+    error: str
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": InferenceError, "description": "It asks for what cannot be inferred."},
+    404: {"model": InferenceError, "description": "No such model or version; the message lists the known."},
+    408: {"model": InferenceError, "description": "It waited too long."},
+    413: {"model": InferenceError, "description": "The body is over the limit."},
+    429: {"model": InferenceError, "description": "The queue is full; try again after Retry-After seconds."},
+    503: {"model": InferenceError, "description": "The service is stopping."},
+}
+
 v2 = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 
 
@@ -126,7 +139,7 @@ async def get_server_ready(request: Request) -> Response:
 
 
 @v2.get("/models/{name}/versions/{version}", include_in_schema=False)
-@v2.get("/models/{name}")
+@v2.get("/models/{name}", responses={404: _ERRORS[404]})
 async def get_tensors(name: str, request: Request) -> Response:
     """The model's tensors. `lengths` may be left out: all prompts are T long then."""
     variant = _variant(name, request)
@@ -138,7 +151,7 @@ async def get_tensors(name: str, request: Request) -> Response:
 
 
 @v2.get("/models/{name}/versions/{version}/ready", include_in_schema=False)
-@v2.get("/models/{name}/ready", responses={503: {"description": "As for the server."}})
+@v2.get("/models/{name}/ready", responses={404: _ERRORS[404], 503: {"description": "As for the server."}})
 async def get_model_ready(name: str, request: Request) -> Response:
     """200 while requests for the model are taken."""
     variant, ready = _variant(name, request), _service(request).ready
@@ -156,7 +169,7 @@ _BODY = {"required": True, "content": {"application/json": {"schema": {"type": "
 
 
 @v2.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
-@v2.post("/models/{name}/infer", openapi_extra={"requestBody": _BODY})
+@v2.post("/models/{name}/infer", openapi_extra={"requestBody": _BODY}, responses=_ERRORS)
 async def post_infer(name: str, request: Request) -> Response:
     """The next token's logits, softmax and sigmoid for each row of `input_ids`; those named in `outputs`, or all."""
     variant, service = _variant(name, request), _service(request)

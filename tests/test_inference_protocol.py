@@ -339,7 +339,9 @@ def test_it_is_described_once(client: TestClient) -> None:
         "/v2/models/{name}/ready",
         "/v2/models/{name}/infer",
     }
-    body = paths["/v2/models/{name}/infer"]["post"]["requestBody"]["content"]["application/json"]
+    infer = paths["/v2/models/{name}/infer"]["post"]
+    assert {"400", "404", "408", "413", "429", "503"} <= set(infer["responses"])
+    body = infer["requestBody"]["content"]["application/json"]
     assert list(arrays(client.post(INFER, json=body["example"]))) == ["softmax"]
 
 
