@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import json
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -18,15 +18,14 @@ from starlette.exceptions import HTTPException
 from service import assets, errors
 from service.engine import Engine
 from service.errors import ApiError
-from service.frame import Frame
+from service.frame import Frame, unless_gone
+from service.inference_protocol import v2
 from service.library import Library, open_library
 from service.next_token import next_token
 from service.runtime import Runtime
 from service.schema import ErrorAnswer, NextTokenAnswer, NextTokenRequest
 from service.settings import Settings
 from service.variant import Variant
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -75,6 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_bad_request)
     app.add_middleware(Frame, max_body_bytes=settings.max_body_bytes, timeout_s=settings.timeout_s)
     app.include_router(v1)
+    app.include_router(v2)
     app.include_router(health)
     app.include_router(browser)
     if assets.PAGE.is_dir():
@@ -86,12 +86,12 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError) and error.status_code in (404, 405):
         error.detail = f"{request.method} {errors.shown(request.url.path)} is not offered; /docs lists what is"
-    return errors.answer(error)
+    return errors.answer(error, request.url.path)
 
 
-async def _on_bad_request(_: Request, error: Exception) -> Response:
+async def _on_bad_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return errors.answer(errors.from_validation(error))
+    return errors.answer(errors.from_validation(error), request.url.path)
 
 
 def _service(request: Request) -> Service:
@@ -120,7 +120,7 @@ v1 = APIRouter(prefix="/v1", tags=["API"])
 async def post_next_token(asked: NextTokenRequest, request: Request) -> Response:
     """Probabilities of the token after each prompt, under each variant."""
     service = _service(request)
-    answered = await _unless_gone(
+    answered = await unless_gone(
         request,
         next_token(asked, service.library, service.engine, service.settings, request.state.arrived),
     )
@@ -195,24 +195,6 @@ async def get_page(request: Request) -> Response:
 @browser.get("/assets/plotly.min.js")
 async def get_plotly(request: Request) -> Response:
     return (await asyncio.to_thread(assets.plotly)).answer(request, max_age_s=assets.WEEK_S)
-
-
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What `work` gives; cancels it when the client hangs up first, which drops it from the queue."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, hung_up = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait((working, hung_up), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ApiError("client_gone", "the client closed the connection")
-        return await working
-    finally:
-        working.cancel()
-        hung_up.cancel()
 
 
 def _refused(library: Library) -> list[dict[str, str]]:

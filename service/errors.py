@@ -2,7 +2,7 @@
 
     {"error": {"message": "...", "type": "model_not_found", "param": "model", "code": 404}}
 
-The code is the status.
+The code is the status. Under /v2 the Open Inference Protocol says {"error": "..."}.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 STATUS = {
     "invalid_json": 400,
+    "invalid_inference": 400,  # what the Open Inference Protocol expects
     "invalid_request": 422,
     "model_not_found": 404,
     "not_found": 404,
@@ -71,16 +72,17 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def answer(error: HTTPException) -> Response:
-    """The error as a response in the one shape."""
+def answer(error: HTTPException, path: str) -> Response:
+    """The error as a response in the shape of the route at `path`."""
     if isinstance(error, ApiError):
         kind, message, param = error.kind, error.detail, error.param
     else:
         kind, param = _KIND.get(error.status_code, "internal"), None
         message = error.detail if error.__cause__ is None else f"the body cannot be read: {error.__cause__}"
     body = {"message": message, "type": kind, "param": param, "code": error.status_code}
+    shape = message if path == "/v2" or path.startswith("/v2/") else body
     return Response(
-        json.dumps({"error": body}, ensure_ascii=False).encode(),
+        json.dumps({"error": shape}, ensure_ascii=False).encode(),
         status_code=error.status_code,
         headers=error.headers,
         media_type="application/json",

@@ -6,12 +6,16 @@ import asyncio
 import logging
 import re
 import uuid
+from collections.abc import Awaitable
 from time import perf_counter
+from typing import TypeVar
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ApiError, answer, shown
 
+T = TypeVar("T")
 log = logging.getLogger("actuary.service")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")  # what a caller may choose: safe in logs and headers
@@ -79,7 +83,7 @@ class Frame:
                 error = ApiError("internal", f"this is a defect of ours; report it with request id {name}")
             if started:
                 raise
-            await answer(error)(scope, receive, send_framed)
+            await answer(error, scope["path"])(scope, receive, send_framed)
         return None
 
     def _too_late(self) -> ApiError:
@@ -93,3 +97,24 @@ class Frame:
         return ApiError(
             "too_large", f"the body has {size} bytes; allowed: {self._max_body_bytes}; send smaller requests"
         )
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What `work` gives; cancels it when the client hangs up first, which drops it from the queue.
+
+    To be called once the body is read.
+    """
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, hung_up = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((working, hung_up), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError("client_gone", "the client closed the connection")
+        return await working
+    finally:
+        working.cancel()
+        hung_up.cancel()

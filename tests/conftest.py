@@ -112,3 +112,36 @@ def server_url(bundles: Path) -> Iterator[str]:
     """The URL of a running service on the tiny bundles."""
     with serving(bundles) as (url, _):
         yield url
+
+
+@pytest.fixture(scope="session")
+def client_python(pytestconfig: pytest.Config) -> Callable[[str], Path]:
+    """`client_python("kserve==1.2.3")`: the Python of an environment that holds that package and nothing of ours.
+
+    It is kept in pytest's cache. Skips where the package registry does not answer.
+    """
+    import fcntl
+    import hashlib
+    import shutil
+    import venv
+
+    cache = pytestconfig.cache.mkdir("client_python")
+
+    def make(requirement: str) -> Path:
+        folder = cache / hashlib.sha256(f"{sys.version} {sys.prefix} {requirement}".encode()).hexdigest()[:16]
+        python, complete = folder / "bin" / "python", folder / "complete"
+        with (cache / f"{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not complete.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                venv.create(folder, symlinks=True)
+                # Not compiling what is never imported halves the time.
+                install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-compile", requirement]
+                done = subprocess.run([sys.executable, *install], capture_output=True, text=True, timeout=600)
+                if done.returncode and "Retrying (" in done.stderr:
+                    pytest.skip(f"no package registry: {done.stderr.strip().splitlines()[-1]}")
+                assert done.returncode == 0, done.stderr
+                complete.touch()
+        return python
+
+    return make
