@@ -22,8 +22,18 @@ from service.frame import Frame
 from service.library import Library, open_library
 from service.next_token import next_token
 from service.runtime import Runtime
-from service.schema import ErrorAnswer, NextTokenAnswer, NextTokenRequest
+from service.schema import (
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    ErrorAnswer,
+    NextTokenAnswer,
+    NextTokenRequest,
+    TokenizeAnswer,
+    TokenizeRequest,
+    TokenizerInfo,
+)
 from service.settings import Settings
+from service.tokens import Tokens
 from service.variant import Variant
 
 T = TypeVar("T")
@@ -38,6 +48,7 @@ class Service:
     engine: Engine
     no_cuda: str  # why `auto` runs on the CPU; empty where it does not
     activations: assets.Compressed
+    tokens: Tokens
     draining: bool = False
 
     @property
@@ -55,6 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
         Engine(settings.max_queue, settings.max_batch_tokens, settings.timeout_s),
         runtime.no_cuda,
         assets.Compressed.of(_activations(library), "application/json"),
+        Tokens(library, settings),
     )
 
     @asynccontextmanager
@@ -75,6 +87,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_bad_request)
     app.add_middleware(Frame, max_body_bytes=settings.max_body_bytes, timeout_s=settings.timeout_s)
     app.include_router(v1)
+    app.include_router(tokens, include_in_schema=False)  # where vLLM has them
+    app.include_router(tokens, prefix="/v1")
     app.include_router(health)
     app.include_router(browser)
     if assets.PAGE.is_dir():
@@ -100,7 +114,11 @@ def _service(request: Request) -> Service:
 
 
 def _json(content: object, status: int = 200) -> Response:
-    return Response(json.dumps(content, ensure_ascii=False).encode(), status, media_type="application/json")
+    return _body(json.dumps(content, ensure_ascii=False).encode(), status)
+
+
+def _body(body: bytes, status: int = 200) -> Response:
+    return Response(body, status, media_type="application/json")
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -112,6 +130,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     429: {"model": ErrorAnswer, "description": "The queue is full; try again after Retry-After seconds."},
     503: {"model": ErrorAnswer, "description": "The service is stopping."},
 }
+
+
+def _pick(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: _ERRORS[status] for status in statuses}
+
 
 v1 = APIRouter(prefix="/v1", tags=["API"])
 
@@ -144,13 +167,39 @@ async def get_models(request: Request) -> Response:
 async def get_model(name: str, request: Request) -> Response:
     """One variant of that list."""
     library = _service(request).library
-    return _json(_model(library.variants[name] if name in library.variants else library.unknown(name)))
+    return _json(_model(library.one(name)))
 
 
 @v1.get("/activations")
 async def get_activations(request: Request) -> Response:
     """Every activation: formula, kind, paper, curve and slope, and the variants that have it."""
     return _service(request).activations.answer(request, max_age_s=0)
+
+
+tokens = APIRouter(tags=["tokenizer"])
+
+
+@tokens.get("/tokenizer_info", response_model=TokenizerInfo, responses=_pick(404, 422))
+async def get_tokenizer_info(request: Request, model: str = "*") -> Response:
+    """The special tokens and sizes of a variant's tokenizer; without `model`, of the one that all share."""
+    return _body(_service(request).tokens.info(model))
+
+
+@tokens.post("/tokenize", response_model=TokenizeAnswer, responses=_pick(400, 404, 408, 413, 422))
+async def post_tokenize(asked: TokenizeRequest, request: Request) -> Response:
+    """The token ids of a text, in vLLM's shape."""
+    return _body(await _unless_gone(request, _service(request).tokens.tokenize(asked)))
+
+
+@tokens.post(
+    "/detokenize",
+    response_model=DetokenizeAnswer,
+    response_model_exclude_none=True,
+    responses=_pick(400, 404, 408, 413, 422),
+)
+async def post_detokenize(asked: DetokenizeRequest, request: Request) -> Response:
+    """The text of token ids, in vLLM's shape; with its bytes, where these are no UTF-8."""
+    return _body(await _unless_gone(request, _service(request).tokens.detokenize(asked)))
 
 
 health = APIRouter(tags=["health"])

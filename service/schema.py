@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.errors import nearest, shown
@@ -14,9 +14,14 @@ MAX_TOKENS_ASKED = 256  # each costs one pass over the V logits of every result
 
 
 def _text(value: str) -> str:
-    """`value`, where a tokenizer can take it."""
+    """`value`, where a tokenizer can take it and it is not empty."""
     if not value:
         raise PydanticCustomError("empty", "is empty; give at least one character")
+    return _any_text(value)
+
+
+def _any_text(value: str) -> str:
+    """`value`, where a tokenizer can take it."""
     if "\0" in value:
         raise PydanticCustomError("nul", "holds U+0000, which is no text; remove it")
     if not value.isascii():
@@ -171,6 +176,52 @@ class NextTokenAnswer(BaseModel):
     created: int = Field(description="Seconds since 1970.")
     results: list[Result]
     usage: Usage
+
+
+class TokenizeRequest(_Request):
+    """One text to token ids."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "if x is not", "add_special_tokens": False}]})
+
+    model: str = Field("*", description="Whose tokenizer; may be left out where all variants share one.")
+    prompt: Annotated[str, AfterValidator(_any_text)] = Field(description="The text; may be empty.")
+    add_special_tokens: bool = Field(True, description="With what the tokenizer puts around a prompt.")
+    return_token_strs: bool = Field(False, description="Also each token as the vocabulary spells it.")
+
+
+class TokenizeAnswer(BaseModel):
+    count: int
+    max_model_len: int = Field(description="Tokens that a prompt may have; the fewest, where no model was named.")
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(_Request):
+    """Token ids to one text."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [0, 17]}]})
+
+    model: str = Field("*", description="Whose tokenizer; may be left out where all variants share one.")
+    tokens: list[int] = Field(description="May be empty.")
+
+
+class DetokenizeAnswer(BaseModel):
+    prompt: str = Field(description="Special tokens included.")
+    bytes: list[int] | None = Field(None, description="Its bytes, where they are no UTF-8.")
+
+
+class TokenizerInfo(BaseModel):
+    """The part of transformers' tokenizer_config.json that can be known; null where there is none."""
+
+    tokenizer_class: Literal["PreTrainedTokenizerFast"] = "PreTrainedTokenizerFast"
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: None = None
+    model_max_length: int = Field(description="As max_model_len of /tokenize.")
+    vocab_size: int
+    models: list[str] = Field(description="The variants that have this tokenizer, of those asked for.")
 
 
 class ErrorBody(BaseModel):
