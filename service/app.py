@@ -20,7 +20,7 @@ from service.engine import Engine
 from service.errors import ApiError
 from service.frame import Frame
 from service.library import Library, open_library
-from service.next_token import next_token
+from service.next_token import Answered, next_token
 from service.runtime import Runtime
 from service.schema import (
     DetokenizeAnswer,
@@ -28,10 +28,13 @@ from service.schema import (
     ErrorAnswer,
     NextTokenAnswer,
     NextTokenRequest,
+    ScoreAnswer,
+    ScoreRequest,
     TokenizeAnswer,
     TokenizeRequest,
     TokenizerInfo,
 )
+from service.score import score
 from service.settings import Settings
 from service.tokens import Tokens
 from service.variant import Variant
@@ -147,6 +150,17 @@ async def post_next_token(asked: NextTokenRequest, request: Request) -> Response
         request,
         next_token(asked, service.library, service.engine, service.settings, request.state.arrived),
     )
+    return _timed(answered)
+
+
+@v1.post("/score", response_model=ScoreAnswer, responses=_ERRORS)
+async def post_score(asked: ScoreRequest, request: Request) -> Response:
+    """Probabilities of given tokens right after query + item, in SGLang's shape."""
+    service = _service(request)
+    return _timed(await _unless_gone(request, score(asked, service.library, service.engine, service.settings)))
+
+
+def _timed(answered: Answered) -> Response:
     times = {
         "x-tokenize-ms": f"{answered.tokenize_ms:.3f}",
         "x-queue-ms": f"{answered.queue_ms:.3f}",

@@ -125,10 +125,14 @@ def _encode(asked: NextTokenRequest, variants: Sequence[Variant]) -> tuple[list[
 
 def check_ids(ids: Sequence[int], where: str, variant: Variant) -> None:
     """Refuse what the variant has no place or no row for."""
-    vocab_size = variant.manifest.vocab_size
     if not ids:
         raise Invalid(f"{where} is no token at all for variant {variant.name!r}", where)
     check_length(len(ids), where, variant)
+    check_in_vocabulary(ids, where, variant)
+
+
+def check_in_vocabulary(ids: Sequence[int], where: str, variant: Variant) -> None:
+    vocab_size = variant.manifest.vocab_size
     outside = next((id_ for id_ in ids if not 0 <= id_ < vocab_size), None)
     if outside is not None:
         raise Invalid(

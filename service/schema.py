@@ -74,6 +74,26 @@ def _tokens(value: Any) -> list[str | int]:
     return [_text(item) if isinstance(item, str) else item for item in value]
 
 
+def _query(value: Any) -> str | list[int]:
+    if isinstance(value, str):
+        return _any_text(value)
+    if isinstance(value, list) and all(type(item) is int for item in value):
+        return value
+    raise PydanticCustomError("query", "must be a text or a list of whole token ids")
+
+
+def _items(value: Any) -> list[str | list[int]]:
+    """One text or several, or several lists of token ids -> a list; any of them may be empty."""
+    if isinstance(value, str):
+        return [_any_text(value)]
+    if isinstance(value, list):
+        if all(isinstance(item, str) for item in value):
+            return [_any_text(item) for item in value]
+        if all(isinstance(item, list) and all(type(i) is int for i in item) for item in value):
+            return list(value)
+    raise PydanticCustomError("items", "must be a text, a list of texts, or a list of lists of whole token ids")
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -175,6 +195,48 @@ class NextTokenAnswer(BaseModel):
     id: str
     created: int = Field(description="Seconds since 1970.")
     results: list[Result]
+    usage: Usage
+
+
+class ScoreRequest(_Request):
+    """How likely each label is as the next token after query + item, for each item."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "gelu",
+                    "query": "if x is",
+                    "items": [" not", " None"],
+                    "label_token_ids": [17, 42],
+                    "apply_softmax": True,
+                }
+            ]
+        }
+    )
+
+    model: str = Field(description="A variant's name.")
+    query: Annotated[str | list[int], PlainValidator(_query, json_schema_input_type=str | list[int])] = Field(
+        description="Text or token ids; may be empty where no item is."
+    )
+    items: Annotated[
+        list[str | list[int]], PlainValidator(_items, json_schema_input_type=str | list[str] | list[list[int]])
+    ] = Field(description="Texts with a query of text, lists of ids with one of ids.")
+    label_token_ids: list[int] = Field(min_length=1, description="The tokens to score, by id.")
+    apply_softmax: bool = Field(False, description="Over the labels alone, which then sum to 1; else over V.")
+    item_first: bool = Field(False, description="item + query instead.")
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> ScoreRequest:
+        if any(isinstance(item, str) != isinstance(self.query, str) for item in self.items):
+            raise PydanticCustomError("kinds", "query and items must both be text, or both token ids")
+        return self
+
+
+class ScoreAnswer(BaseModel):
+    object: Literal["scoring"] = "scoring"
+    model: str
+    scores: list[list[float]] = Field(description="One list per item, one probability per label, in their order.")
     usage: Usage
 
 
