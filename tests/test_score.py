@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -251,3 +252,10 @@ def test_the_document_describes_it(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     assert {"404", "408", "413", "422", "429", "503"} <= set(document["paths"]["/v1/score"]["post"]["responses"])
     ask(client, **document["components"]["schemas"]["ScoreRequest"]["examples"][0])
+
+
+def test_the_curl_line_of_the_readme_answers(client: TestClient) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (body,) = re.findall(r"/v1/score -H .*\\\n +-d '(\{.*\})'", readme)
+    answer = ask(client, **json.loads(body))
+    assert [sum(scores) for scores in answer["scores"]] == pytest.approx([1, 1])

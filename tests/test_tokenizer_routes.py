@@ -306,7 +306,7 @@ def test_a_large_text_and_its_ids_are_answered_whole(client: TestClient, tokeniz
 def test_large_texts_are_taken_one_at_a_time_and_may_wait_too_long(
     bundles: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = create_app(Settings(bundles=bundles, provider="cpu", threads=1, timeout_s=0.6))
+    app = create_app(Settings(bundles=bundles, provider="cpu", threads=1, timeout_s=2))
     vocabulary = app.state.service.library.variants["gelu"].vocabulary
     running, most, lock = 0, 0, threading.Lock()
 
@@ -315,7 +315,7 @@ def test_large_texts_are_taken_one_at_a_time_and_may_wait_too_long(
         with lock:
             running += 1
             most = max(most, running)
-        time.sleep(0.4)
+        time.sleep(0.9)
         with lock:
             running -= 1
         return [1]
