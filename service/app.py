@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +21,24 @@ from service.errors import ApiError
 from service.frame import Frame, unless_gone
 from service.inference_protocol import v2
 from service.library import Library, open_library
-from service.next_token import next_token
+from service.metrics import CONTENT_TYPE, Metrics, model_label
+from service.next_token import Answered, next_token
 from service.runtime import Runtime
-from service.schema import ErrorAnswer, NextTokenAnswer, NextTokenRequest
+from service.schema import (
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    ErrorAnswer,
+    NextTokenAnswer,
+    NextTokenRequest,
+    ScoreAnswer,
+    ScoreRequest,
+    TokenizeAnswer,
+    TokenizeRequest,
+    TokenizerInfo,
+)
+from service.score import score
 from service.settings import Settings
+from service.tokens import Tokens
 from service.variant import Variant
 
 
@@ -37,6 +51,8 @@ class Service:
     engine: Engine
     no_cuda: str  # why `auto` runs on the CPU; empty where it does not
     activations: assets.Compressed
+    tokens: Tokens
+    metrics: Metrics
     draining: bool = False
 
     @property
@@ -48,12 +64,15 @@ def create_app(settings: Settings) -> FastAPI:
     """Open the bundles and build the application; BadInput where nothing can be served."""
     runtime = Runtime(settings.provider, settings.threads, settings.ops)
     library = open_library(settings.bundles, runtime)
+    engine = Engine(settings.max_queue, settings.max_batch_tokens, settings.timeout_s)
     service = Service(
         settings,
         library,
-        Engine(settings.max_queue, settings.max_batch_tokens, settings.timeout_s),
+        engine,
         runtime.no_cuda,
         assets.Compressed.of(_activations(library), "application/json"),
+        Tokens(library, settings),
+        Metrics(engine.metrics, lambda: engine.waiting),
     )
 
     @asynccontextmanager
@@ -72,9 +91,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.service = service
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_bad_request)
-    app.add_middleware(Frame, max_body_bytes=settings.max_body_bytes, timeout_s=settings.timeout_s)
+    app.add_middleware(
+        Frame, max_body_bytes=settings.max_body_bytes, timeout_s=settings.timeout_s, metrics=service.metrics
+    )
     app.include_router(v1)
     app.include_router(v2)
+    app.include_router(aliases)
     app.include_router(health)
     app.include_router(browser)
     if assets.PAGE.is_dir():
@@ -99,8 +121,19 @@ def _service(request: Request) -> Service:
     return service
 
 
+def _named(request: Request, models: Sequence[str]) -> Service:
+    """The service, for a request that names `models`: it is counted under them."""
+    service = _service(request)
+    request.state.model = model_label(models, service.library.variants)
+    return service
+
+
 def _json(content: object, status: int = 200) -> Response:
-    return Response(json.dumps(content, ensure_ascii=False).encode(), status, media_type="application/json")
+    return _body(json.dumps(content, ensure_ascii=False).encode(), status)
+
+
+def _body(body: bytes, status: int = 200) -> Response:
+    return Response(body, status, media_type="application/json")
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -113,16 +146,36 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorAnswer, "description": "The service is stopping."},
 }
 
+
+def _pick(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: _ERRORS[status] for status in statuses}
+
+
 v1 = APIRouter(prefix="/v1", tags=["API"])
 
 
 @v1.post("/next-token", response_model=NextTokenAnswer, response_model_exclude_none=True, responses=_ERRORS)
 async def post_next_token(asked: NextTokenRequest, request: Request) -> Response:
     """Probabilities of the token after each prompt, under each variant."""
-    service = _service(request)
+    service = _named(request, asked.model)
     answered = await unless_gone(
         request,
         next_token(asked, service.library, service.engine, service.settings, request.state.arrived),
+    )
+    return _timed(request, answered)
+
+
+@v1.post("/score", response_model=ScoreAnswer, responses=_ERRORS)
+async def post_score(asked: ScoreRequest, request: Request) -> Response:
+    """Probabilities of given tokens right after query + item, in SGLang's shape."""
+    service = _named(request, [asked.model])
+    work = score(asked, service.library, service.engine, service.settings)
+    return _timed(request, await unless_gone(request, work))
+
+
+def _timed(request: Request, answered: Answered) -> Response:
+    _service(request).metrics.stages(
+        request.state.model, answered.tokenize_ms / 1e3, answered.queue_ms / 1e3, answered.infer_ms / 1e3
     )
     times = {
         "x-tokenize-ms": f"{answered.tokenize_ms:.3f}",
@@ -144,13 +197,42 @@ async def get_models(request: Request) -> Response:
 async def get_model(name: str, request: Request) -> Response:
     """One variant of that list."""
     library = _service(request).library
-    return _json(_model(library.variants[name] if name in library.variants else library.unknown(name)))
+    return _json(_model(library.one(name)))
 
 
 @v1.get("/activations")
 async def get_activations(request: Request) -> Response:
     """Every activation: formula, kind, paper, curve and slope, and the variants that have it."""
     return _service(request).activations.answer(request, max_age_s=0)
+
+
+aliases = APIRouter(include_in_schema=False)  # where vLLM has what is also under /v1
+
+
+@aliases.get("/tokenizer_info")
+@v1.get("/tokenizer_info", response_model=TokenizerInfo, responses=_pick(404, 422))
+async def get_tokenizer_info(request: Request, model: str = "*") -> Response:
+    """The special tokens and sizes of a variant's tokenizer; without `model`, of the one that all share."""
+    return _body(_named(request, [model]).tokens.info(model))
+
+
+@aliases.post("/tokenize")
+@v1.post("/tokenize", response_model=TokenizeAnswer, responses=_pick(400, 404, 408, 413, 422))
+async def post_tokenize(asked: TokenizeRequest, request: Request) -> Response:
+    """The token ids of a text, in vLLM's shape."""
+    return _body(await unless_gone(request, _named(request, [asked.model]).tokens.tokenize(asked)))
+
+
+@aliases.post("/detokenize")
+@v1.post(
+    "/detokenize",
+    response_model=DetokenizeAnswer,
+    response_model_exclude_none=True,
+    responses=_pick(400, 404, 408, 413, 422),
+)
+async def post_detokenize(asked: DetokenizeRequest, request: Request) -> Response:
+    """The text of token ids, in vLLM's shape; with its bytes, where these are no UTF-8."""
+    return _body(await unless_gone(request, _named(request, [asked.model]).tokens.detokenize(asked)))
 
 
 health = APIRouter(tags=["health"])
@@ -182,6 +264,12 @@ async def get_ready(request: Request) -> Response:
         "refused": _refused(service.library),
     }
     return _json(body, 200 if service.ready else 503)
+
+
+@health.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def get_metrics(request: Request) -> Response:
+    """Requests, latencies, batches, queue and process, in Prometheus' text format."""
+    return Response(await _service(request).metrics.text(), media_type=CONTENT_TYPE)
 
 
 browser = APIRouter(include_in_schema=False)

@@ -18,6 +18,7 @@ from time import perf_counter
 from typing import Self
 
 from service.errors import ApiError
+from service.metrics import EngineMetrics
 from service.variant import Row, Variant
 
 # A batch of one-token prompts would else hold max_batch_tokens rows of three [V] float32 each:
@@ -62,6 +63,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._open = False
         self._job_s = 0.0  # moving average of a job's share of its batch
+        self.metrics = EngineMetrics()
 
     async def __aenter__(self) -> Self:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch")
@@ -95,22 +97,28 @@ class Engine:
         for waiting in mine:
             self._queues.setdefault(waiting.job.variant, []).append(waiting)
         self._wake.set()
+        reason = "failed"
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await asyncio.gather(*(waiting.future for waiting in mine))
+        except asyncio.CancelledError:
+            reason = "client_gone"
+            raise
         except TimeoutError:
+            reason = "timeout"
             raise ApiError(
                 "timeout",
                 f"no answer within {self._timeout_s:g} s; send fewer prompts at once, or try later",
             ) from None
         finally:
-            self._drop(set(mine))
+            self.metrics.dropped(reason, self._drop(set(mine)))
 
     def _admit(self, jobs: int) -> None:
         if not self.serving:
             raise ApiError("unavailable", "the service is stopping; try another instance, or later")
         waiting = self.waiting
         if waiting + jobs > self._max_queue:
+            self.metrics.refused(jobs)
             seconds = min(60, max(1, math.ceil(waiting * self._job_s)))
             raise ApiError(
                 "queue_full",
@@ -119,12 +127,15 @@ class Engine:
                 headers={"retry-after": str(seconds)},
             )
 
-    def _drop(self, gone: set[_Waiting]) -> None:
+    def _drop(self, gone: set[_Waiting]) -> int:
+        """Take what is still queued of `gone` out of it; how many that were."""
+        before = self.waiting
         for variant in {waiting.job.variant for waiting in gone} & self._queues.keys():
             if left := [waiting for waiting in self._queues[variant] if waiting not in gone]:
                 self._queues[variant] = left
             else:
                 del self._queues[variant]
+        return before - self.waiting
 
     async def _serve(self) -> None:
         while self._open or self._queues:
@@ -163,6 +174,8 @@ class Engine:
                     waiting.future.set_exception(error)
             return
         self._job_s += 0.1 * ((end - start) / len(batch) - self._job_s)
+        lengths = [len(waiting.job.ids) for waiting in batch]
+        self.metrics.computed(variant.name, lengths, padded=len(batch) * max(lengths))
         for waiting, row in computed:
             if not waiting.future.done():  # its caller may have left
                 waiting.future.set_result(Done(row, start - waiting.since, end - start, end))

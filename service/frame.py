@@ -13,7 +13,8 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import ApiError, answer, shown
+from service.errors import STATUS, ApiError, answer, shown
+from service.metrics import NONE, OTHER, Metrics
 
 T = TypeVar("T")
 log = logging.getLogger("actuary.service")
@@ -24,13 +25,15 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")  # what a caller may choose
 class Frame:
     """ASGI middleware around the whole application.
 
-    Leaves in the request's state: `request_id`, and `arrived`, by perf_counter.
+    Leaves in the request's state: `request_id`, and `arrived`, by perf_counter. Counts the request under the `model`
+    that its route left there, if any: a label of service/metrics.py.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, timeout_s: float, metrics: Metrics) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._timeout_s = timeout_s
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,13 +44,13 @@ class Frame:
         given = headers.get(b"x-request-id", b"")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
         scope.setdefault("state", {}).update(arrived=arrived, request_id=request_id.decode())
-        started = False
+        status = 0  # until the answer starts
         received = 0
 
         async def send_framed(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 total_ms = b"%.3f" % (1e3 * (perf_counter() - arrived))
                 message["headers"] = [
                     *message.get("headers", ()),
@@ -81,9 +84,13 @@ class Frame:
                 name = request_id.decode()
                 log.exception("request %s failed: %s %s", name, scope["method"], shown(scope["path"]))
                 error = ApiError("internal", f"this is a defect of ours; report it with request id {name}")
-            if started:
+            if status:
                 raise
             await answer(error, scope["path"])(scope, receive, send_framed)
+        finally:
+            route = getattr(scope.get("route"), "path", OTHER)
+            model = scope["state"].get("model", NONE)
+            self._metrics.answered(route, model, status or STATUS["client_gone"], perf_counter() - arrived)
         return None
 
     def _too_late(self) -> ApiError:

@@ -35,7 +35,11 @@ class Library:
         """The variants called `names`, or all for ["*"]; 404 with the known ones for any other."""
         if names == ["*"]:
             return list(self.variants.values())
-        return [self.variants[name] if name in self.variants else self.unknown(name) for name in names]
+        return [self.one(name) for name in names]
+
+    def one(self, name: str) -> Variant:
+        """The variant called `name`; 404 with the known ones where there is none."""
+        return self.variants[name] if name in self.variants else self.unknown(name)
 
     def unknown(self, name: str) -> NoReturn:
         """Raise the 404 of a name that does not serve."""

@@ -62,14 +62,14 @@ async def next_token(
     variants = library.choose(asked.model)
     entries = _check_size(asked, variants, settings)
     characters = sum(len(text) for text in (*asked.prompt, *asked.tokens) if isinstance(text, str))
-    items, tokenize_s = await _here_or_in_a_thread(characters <= INLINE_CHARACTERS, lambda: _encode(asked, variants))
+    items, tokenize_s = await here_or_in_a_thread(characters <= INLINE_CHARACTERS, lambda: _encode(asked, variants))
     done = await engine.run([item.job for item in items])
-    body = await _here_or_in_a_thread(entries <= INLINE_ENTRIES, lambda: _body(items, done, arrived))
+    body = await here_or_in_a_thread(entries <= INLINE_ENTRIES, lambda: _body(items, done, arrived))
     last = max(done, key=lambda each: each.at)  # its times, with tokenize, add up to no more than the total
     return Answered(body, tokenize_ms=1e3 * tokenize_s, queue_ms=1e3 * last.queue_s, infer_ms=1e3 * last.infer_s)
 
 
-async def _here_or_in_a_thread(here: bool, work: Callable[[], T]) -> T:
+async def here_or_in_a_thread(here: bool, work: Callable[[], T]) -> T:
     return work() if here else await asyncio.to_thread(work)
 
 
@@ -112,23 +112,27 @@ def _encode(asked: NextTokenRequest, variants: Sequence[Variant]) -> tuple[list[
         encoded: dict[Vocabulary, tuple[list[int], float]] = {}
         for variant, its_chosen in zip(variants, chosen, strict=True):
             if isinstance(prompt, str):
-                _check_length(variant.vocabulary.fewest_tokens(prompt), where, variant, "at least ")
+                check_length(variant.vocabulary.fewest_tokens(prompt), where, variant, "at least ")
             if variant.vocabulary not in encoded:
                 began = perf_counter()
                 ids = variant.vocabulary.encode(prompt) if isinstance(prompt, str) else prompt
                 encoded[variant.vocabulary] = ids, perf_counter() - began
             ids, tokenize_s = encoded[variant.vocabulary]
-            _check_ids(ids, where, variant)
+            check_ids(ids, where, variant)
             items.append(_Item(index, Job(variant, ids, asked.top_k), its_chosen, tokenize_s))
     return items, perf_counter() - start
 
 
-def _check_ids(ids: Sequence[int], where: str, variant: Variant) -> None:
+def check_ids(ids: Sequence[int], where: str, variant: Variant) -> None:
     """Refuse what the variant has no place or no row for."""
-    vocab_size = variant.manifest.vocab_size
     if not ids:
         raise Invalid(f"{where} is no token at all for variant {variant.name!r}", where)
-    _check_length(len(ids), where, variant)
+    check_length(len(ids), where, variant)
+    check_in_vocabulary(ids, where, variant)
+
+
+def check_in_vocabulary(ids: Sequence[int], where: str, variant: Variant) -> None:
+    vocab_size = variant.manifest.vocab_size
     outside = next((id_ for id_ in ids if not 0 <= id_ < vocab_size), None)
     if outside is not None:
         raise Invalid(
@@ -137,7 +141,7 @@ def _check_ids(ids: Sequence[int], where: str, variant: Variant) -> None:
         )
 
 
-def _check_length(tokens: int, where: str, variant: Variant, at_least: str = "") -> None:
+def check_length(tokens: int, where: str, variant: Variant, at_least: str = "") -> None:
     context = variant.manifest.context
     if tokens > context:
         raise Invalid(
@@ -150,7 +154,7 @@ def _chosen_id(token: str | int, at: int, variant: Variant) -> int:
     """The id of a token that was asked for by id or by text."""
     where = f"tokens[{at}]"
     if isinstance(token, int):
-        _check_ids([token], where, variant)
+        check_ids([token], where, variant)
         return token
     fewest = variant.vocabulary.fewest_tokens(token)
     if fewest > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.errors import nearest, shown
@@ -14,9 +14,14 @@ MAX_TOKENS_ASKED = 256  # each costs one pass over the V logits of every result
 
 
 def _text(value: str) -> str:
-    """`value`, where a tokenizer can take it."""
+    """`value`, where a tokenizer can take it and it is not empty."""
     if not value:
         raise PydanticCustomError("empty", "is empty; give at least one character")
+    return _any_text(value)
+
+
+def _any_text(value: str) -> str:
+    """`value`, where a tokenizer can take it."""
     if "\0" in value:
         raise PydanticCustomError("nul", "holds U+0000, which is no text; remove it")
     if not value.isascii():
@@ -67,6 +72,26 @@ def _tokens(value: Any) -> list[str | int]:
     if len(value) > MAX_TOKENS_ASKED:
         raise PydanticCustomError("tokens", "may hold at most {most} tokens", {"most": MAX_TOKENS_ASKED})
     return [_text(item) if isinstance(item, str) else item for item in value]
+
+
+def _query(value: Any) -> str | list[int]:
+    if isinstance(value, str):
+        return _any_text(value)
+    if isinstance(value, list) and all(type(item) is int for item in value):
+        return value
+    raise PydanticCustomError("query", "must be a text or a list of whole token ids")
+
+
+def _items(value: Any) -> list[str | list[int]]:
+    """One text or several, or several lists of token ids -> a list; any of them may be empty."""
+    if isinstance(value, str):
+        return [_any_text(value)]
+    if isinstance(value, list):
+        if all(isinstance(item, str) for item in value):
+            return [_any_text(item) for item in value]
+        if all(isinstance(item, list) and all(type(i) is int for i in item) for item in value):
+            return list(value)
+    raise PydanticCustomError("items", "must be a text, a list of texts, or a list of lists of whole token ids")
 
 
 class _Request(BaseModel):
@@ -171,6 +196,94 @@ class NextTokenAnswer(BaseModel):
     created: int = Field(description="Seconds since 1970.")
     results: list[Result]
     usage: Usage
+
+
+class ScoreRequest(_Request):
+    """How likely each label is as the next token after query + item, for each item."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "gelu",
+                    "query": "if x is",
+                    "items": [" not", " None"],
+                    "label_token_ids": [17, 42],
+                    "apply_softmax": True,
+                }
+            ]
+        }
+    )
+
+    model: str = Field(description="A variant's name.")
+    query: Annotated[str | list[int], PlainValidator(_query, json_schema_input_type=str | list[int])] = Field(
+        description="Text or token ids; may be empty where no item is."
+    )
+    items: Annotated[
+        list[str | list[int]], PlainValidator(_items, json_schema_input_type=str | list[str] | list[list[int]])
+    ] = Field(description="Texts with a query of text, lists of ids with one of ids.")
+    label_token_ids: list[int] = Field(min_length=1, description="The tokens to score, by id.")
+    apply_softmax: bool = Field(False, description="Over the labels alone, which then sum to 1; else over V.")
+    item_first: bool = Field(False, description="item + query instead.")
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> ScoreRequest:
+        if any(isinstance(item, str) != isinstance(self.query, str) for item in self.items):
+            raise PydanticCustomError("kinds", "query and items must both be text, or both token ids")
+        return self
+
+
+class ScoreAnswer(BaseModel):
+    object: Literal["scoring"] = "scoring"
+    model: str
+    scores: list[list[float]] = Field(description="One list per item, one probability per label, in their order.")
+    usage: Usage
+
+
+class TokenizeRequest(_Request):
+    """One text to token ids."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "if x is not", "add_special_tokens": False}]})
+
+    model: str = Field("*", description="Whose tokenizer; may be left out where all variants share one.")
+    prompt: Annotated[str, AfterValidator(_any_text)] = Field(description="The text; may be empty.")
+    add_special_tokens: bool = Field(True, description="With what the tokenizer puts around a prompt.")
+    return_token_strs: bool = Field(False, description="Also each token as the vocabulary spells it.")
+
+
+class TokenizeAnswer(BaseModel):
+    count: int
+    max_model_len: int = Field(description="Tokens that a prompt may have; the fewest, where no model was named.")
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(_Request):
+    """Token ids to one text."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [0, 17]}]})
+
+    model: str = Field("*", description="Whose tokenizer; may be left out where all variants share one.")
+    tokens: list[int] = Field(description="May be empty.")
+
+
+class DetokenizeAnswer(BaseModel):
+    prompt: str = Field(description="Special tokens included.")
+    bytes: list[int] | None = Field(None, description="Its bytes, where they are no UTF-8.")
+
+
+class TokenizerInfo(BaseModel):
+    """The part of transformers' tokenizer_config.json that can be known; null where there is none."""
+
+    tokenizer_class: Literal["PreTrainedTokenizerFast"] = "PreTrainedTokenizerFast"
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: None = None
+    model_max_length: int = Field(description="As max_model_len of /tokenize.")
+    vocab_size: int
+    models: list[str] = Field(description="The variants that have this tokenizer, of those asked for.")
 
 
 class ErrorBody(BaseModel):

@@ -37,7 +37,10 @@ class Settings(BaseModel):
     max_prompts: int = Field(256, ge=1, description="Prompts times variants of one request.")
     max_batch_tokens: int = Field(2048, ge=1, description="Padded tokens that are computed together.")
     max_entries: int = Field(
-        65_536, ge=1, description="Tokens listed in an answer of several results; one result may list all."
+        65_536, ge=1, description="Tokens listed in an answer of several results, one may list all; ids of /detokenize."
+    )
+    max_text_bytes: int = Field(
+        1 << 18, ge=1, description="Longest text of /tokenize, which takes 100 bytes of memory per byte."
     )
     max_body_bytes: int = Field(1 << 20, ge=1, description="Largest request body.")
     timeout_s: float = Field(30.0, gt=0, le=3600, description="Longest wait of a request, then 408.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders
@@ -19,6 +21,22 @@ def _byte_of_character() -> dict[str, int]:
 
 _BYTE_OF_CHARACTER = _byte_of_character()
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a single byte
+
+# Which special token has which part, tokenizer.json does not say. The names that published models gave them, the
+# first that is there: GPT-2 and ours have one token for both ends.
+_NAMES = {
+    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "<|endoftext|>"),
+    "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]"),
+    "pad_token": ("<pad>", "<|pad|>", "<|padding|>", "[PAD]"),
+}
+
+
+def _bytes_in(token: str) -> list[int] | None:
+    """The bytes that a byte-level vocabulary spells as `token`; None where it is no such spelling."""
+    try:
+        return [_BYTE_OF_CHARACTER[character] for character in token]
+    except KeyError:
+        return None
 
 
 class Vocabulary:
@@ -41,6 +59,33 @@ class Vocabulary:
         """
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special_tokens)
         return list(encoding.ids)
+
+    def decode(self, ids: Sequence[int]) -> tuple[str, list[int] | None]:
+        """The text of `ids`, with its special tokens; and its bytes, where these are not valid UTF-8.
+
+        Bytes are known of byte-level vocabularies only. An id that has no token has no text. `decode_batch` lets
+        other threads run meanwhile, where `decode` holds the GIL (tokenizers 0.23.3).
+        """
+        (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=False)
+        if REPLACEMENT not in text or not isinstance(self._tokenizer.decoder, decoders.ByteLevel):
+            return text, None
+        tokens = map(self.token_of, ids)  # one that is no byte-level spelling stands for itself, as in the decoder
+        data = b"".join(bytes(_bytes_in(token) or token.encode()) for token in tokens)
+        return text, None if data == text.encode() else list(data)
+
+    def token_of(self, id_: int) -> str:
+        """How the vocabulary spells one id, as "\u0120None" for " None"; empty where it has no such id."""
+        return self._tokenizer.id_to_token(id_) or ""
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str | None]:
+        """transformers' bos_token, eos_token, pad_token and unk_token; None where there is none that we know."""
+        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+        found = {part: next((n for n in names if n in special), None) for part, names in _NAMES.items()}
+        first = self.encode("a")[:1]
+        if first != self.encode("a", special_tokens=False)[:1]:  # what it puts before a prompt is no guess
+            found["bos_token"] = self.token_of(first[0])
+        return {**found, "unk_token": getattr(self._tokenizer.model, "unk_token", None)}
 
     def fewest_tokens(self, text: str) -> int:
         """How many tokens `text` has at least, known without tokenizing it, which costs 100 bytes per byte."""
@@ -75,10 +120,7 @@ class Vocabulary:
         return self._texts[id_]
 
     def _bytes_of(self, id_: int) -> list[int] | None:
-        token = self._tokenizer.id_to_token(id_) or ""
+        token = self.token_of(id_)
         if fallback := _BYTE_FALLBACK.fullmatch(token):
             return [int(fallback[1], 16)]
-        try:
-            return [_BYTE_OF_CHARACTER[character] for character in token]
-        except KeyError:  # not a byte-level vocabulary: the token is its text
-            return None
+        return _bytes_in(token)  # None: not a byte-level vocabulary, the token is its text
