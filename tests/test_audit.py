@@ -300,7 +300,7 @@ def test_the_line_at_export_says_all_of_it(kinds: Path, fused: library.Library):
     assert "swiglu inlined (there are no fused operators in /nowhere); on CUDA: refused" in line("swiglu-ort")
     assert "swiglu fused; on CUDA: not tried, nothing known against it" in line("swiglu-portable", fused.path.parent)
     assert "fp16 runs on the CPU through casts" in line("swiglu-fp16")
-    assert line("swiglu-bf16").startswith("not opened here: bf16 has no kernels on the CPU")
+    assert line("swiglu-bf16").startswith("not run here: bf16 has no kernels on the CPU; checked ")
 
 
 def test_the_newest_versions_are_those_that_onnxruntime_opens():

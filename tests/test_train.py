@@ -95,6 +95,14 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_not_gone_on_from(corpus, 
         assert all(torch.equal(got[key], fresh[key]) for key in fresh)
 
 
+def test_a_folder_that_is_no_checkpoint_is_never_replaced(corpus, tmp_path):
+    (tmp_path / "gelu").mkdir()
+    assert to_train([Variant("gelu")], RECIPE, corpus, tmp_path) == [Variant("gelu")]
+    (tmp_path / "gelu" / "notes.txt").write_text("mine")
+    with pytest.raises(BadInput, match=r"gelu is not a checkpoint that .*, and would be deleted; choose another"):
+        to_train([Variant("gelu")], RECIPE, corpus, tmp_path)
+
+
 def test_finished_variants_are_kept_and_other_settings_refused(corpus, tmp_path):
     train(Variant("gelu"), corpus, tmp_path)
     both = [Variant("gelu"), Variant("relu")]
