@@ -193,6 +193,7 @@ def _variant(name: str, request: Request) -> Variant:
     """The variant called `name`, where the path names no version or the one that there is; else 404."""
     library = _service(request).library
     variant = library.variants[name] if name in library.variants else library.unknown(name)
+    request.state.model = variant.name  # it is counted under it (metrics.py)
     version = request.path_params.get("version", VERSION)
     if version != VERSION:
         raise ApiError("model_not_found", f"unknown version {shown(version)} of {name!r}; known: {VERSION}")

@@ -6,7 +6,6 @@ import asyncio
 import json
 import threading
 import time
-import timeit
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.app import create_app
 from service.engine import Engine, Job
 from service.errors import ApiError
-from service.metrics import NONE, SEVERAL, EngineMetrics, Metrics, model_label
+from service.metrics import NONE, SEVERAL, Metrics, model_label
 from service.settings import Settings
 
-MOST_US = 50  # measured: 6, on two cores that others use too
 LIMIT_S = 10
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -277,20 +275,14 @@ def test_a_real_process_tells_its_memory_and_the_clients_that_left(bundles: Path
                 httpx.post(f"{url}/v1/next-token", json=body, timeout=httpx.Timeout(5, read=0.001))
 
 
-def test_counting_costs_microseconds() -> None:
-    """All that one request pays, in processor time: its stages, its batch of one and its end."""
-    engine = EngineMetrics()
-    metrics = Metrics(engine, lambda: 0)
-
-    def request() -> None:
-        engine.computed("gelu", [10], 10)
-        engine.dropped("failed", 0)
-        metrics.stages("gelu", 0.0001, 0.0002, 0.003)
-        metrics.answered("/v1/next-token", "gelu", 200, 0.004)
-
-    request()
-    each_s = min(timeit.repeat(request, number=1_000, repeat=5, timer=time.thread_time)) / 1_000
-    assert each_s * 1e6 < MOST_US
+def test_inference_protocol_requests_are_counted_under_their_model(client: TestClient) -> None:
+    ids = {"name": "input_ids", "datatype": "INT64", "shape": [1, 2], "data": [1, 2]}
+    assert client.post("/v2/models/gelu/infer", json={"inputs": [ids]}).status_code == 200
+    assert client.post("/v2/models/gulu/infer", json={"inputs": [ids]}).status_code == 404
+    scrape = Scrape(client)
+    route = "/v2/models/{name}/infer"
+    assert scrape("actuary_requests_total", route=route, model="gelu", status="200") == 1
+    assert scrape("actuary_requests_total", route=route, model=NONE, status="404") == 1
 
 
 def test_the_document_names_it(client: TestClient) -> None:
