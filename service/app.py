@@ -64,7 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
     """Open the bundles and build the application; BadInput where nothing can be served."""
     runtime = Runtime(settings.provider, settings.threads, settings.ops)
     library = open_library(settings.bundles, runtime)
-    engine = Engine(settings.max_queue, settings.max_batch_tokens, settings.timeout_s)
+    engine = Engine(settings.max_queue, settings.max_batch_tokens, settings.timeout_s, runtime.lanes)
     service = Service(
         settings,
         library,

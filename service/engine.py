@@ -1,15 +1,18 @@
-"""Batches the prompts of concurrent requests: one bounded queue, one batch at a time.
+"""Batches the prompts of concurrent requests: one bounded queue, as many batches at a time as there are lanes.
 
     done = await engine.run([Job(variant, ids, top_k), ...])
 
-A batch holds prompts of one variant and of similar length, up to a budget of padded tokens; the
-variants take turns. The batch runs in a thread, so that the event loop goes on reading requests,
-which are the next batch.
+A batch holds prompts of one variant and of similar length, up to a budget of padded tokens; the variants take
+turns. Each lane is a thread that runs a batch on one core: two such runs carry more than one run on two cores
+(docs/log.md). Only a batch that is alone takes all lanes at once, where that was measured to be faster for its
+variant. A prompt that waits or is computed already is not computed again for another caller. The event loop goes on
+reading requests, which are the next batches.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +27,8 @@ from service.variant import Row, Variant
 # A batch of one-token prompts would else hold max_batch_tokens rows of three [V] float32 each:
 # 64 rows are 39 MB at V = 50257.
 MAX_ROWS = 64
+# Padding that a batch may have: a share of its tokens, or so many, which cost less than another run.
+PADDING, FREE_PADDING = 1 / 8, 64
 
 
 @dataclass(frozen=True)
@@ -51,22 +56,39 @@ class _Waiting:
     future: asyncio.Future[Done]
     since: float = field(default_factory=perf_counter)
 
+    def __post_init__(self) -> None:
+        self.ids = tuple(self.job.ids)
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Prompts of one variant that are computed together, each with all who wait for it."""
+
+    variant: Variant
+    prompts: dict[tuple[int, ...], list[_Waiting]]
+    wide: bool = False  # on all lanes
+
+    def __post_init__(self) -> None:
+        self.top_k = max(waiting.job.top_k for group in self.prompts.values() for waiting in group)
+
 
 class Engine:
     """Runs jobs between `async with engine:`; leaving it finishes what is queued."""
 
-    def __init__(self, max_queue: int, max_batch_tokens: int, timeout_s: float) -> None:
+    def __init__(self, max_queue: int, max_batch_tokens: int, timeout_s: float, lanes: int = 1) -> None:
         self._max_queue = max_queue
         self._max_batch_tokens = max_batch_tokens
         self._timeout_s = timeout_s
+        self._lanes = lanes
         self._queues: dict[Variant, list[_Waiting]] = {}  # none of them empty; the first is served next
+        self._running: dict[asyncio.Task[None], _Batch] = {}
         self._wake = asyncio.Event()
         self._open = False
         self._job_s = 0.0  # moving average of a job's share of its batch
         self.metrics = EngineMetrics()
 
     async def __aenter__(self) -> Self:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch")
+        self._threads = ThreadPoolExecutor(self._lanes, thread_name_prefix="lane")
         self._open = True
         self._server = asyncio.create_task(self._serve())
         return self
@@ -74,7 +96,7 @@ class Engine:
     async def __aexit__(self, *_: object) -> None:
         self._open = False
         self._wake.set()
-        with self._thread:
+        with self._threads:
             await self._server
 
     @property
@@ -95,7 +117,8 @@ class Engine:
         loop = asyncio.get_running_loop()
         mine = [_Waiting(job, loop.create_future()) for job in jobs]
         for waiting in mine:
-            self._queues.setdefault(waiting.job.variant, []).append(waiting)
+            if not self._joins(waiting):
+                self._queues.setdefault(waiting.job.variant, []).append(waiting)
         self._wake.set()
         reason = "failed"
         try:
@@ -137,45 +160,79 @@ class Engine:
                 del self._queues[variant]
         return before - self.waiting
 
-    async def _serve(self) -> None:
-        while self._open or self._queues:
-            if self._queues:
-                await self._run_batch(*self._next_batch())
-            else:
-                self._wake.clear()
-                await self._wake.wait()
+    def _joins(self, waiting: _Waiting) -> bool:
+        """Whether it waits for a row that is being computed."""
+        for batch in self._running.values():
+            fits = batch.variant is waiting.job.variant and waiting.job.top_k <= batch.top_k
+            if fits and waiting.ids in batch.prompts:
+                batch.prompts[waiting.ids].append(waiting)
+                return True
+        return False
 
-    def _next_batch(self) -> tuple[Variant, list[_Waiting]]:
+    async def _serve(self) -> None:
+        while self._open or self._queues or self._running:
+            while self._queues and self._free:
+                batch = self._next_batch()
+                batch.wide = batch.variant.wide and not self._queues and not self._running
+                task = asyncio.create_task(self._run_batch(batch))
+                self._running[task] = batch
+                task.add_done_callback(self._ended)
+            self._wake.clear()
+            await self._wake.wait()
+
+    @property
+    def _free(self) -> bool:
+        """Whether a lane is."""
+        return len(self._running) < self._lanes and not any(batch.wide for batch in self._running.values())
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._running[task]
+        self._wake.set()
+
+    def _next_batch(self) -> _Batch:
         """The longest-waiting job of the variant whose turn it is, with those nearest to it in length."""
         variant = next(iter(self._queues))
         queue = self._queues.pop(variant)
-        first = len(queue[0].job.ids)
-        longest, batch = 0, set[_Waiting]()
-        for waiting in sorted(queue, key=lambda waiting: abs(len(waiting.job.ids) - first)):
-            longest = max(longest, len(waiting.job.ids))
-            if batch and (longest * (len(batch) + 1) > self._max_batch_tokens or len(batch) == MAX_ROWS):
+        groups: dict[tuple[int, ...], list[_Waiting]] = {}
+        for waiting in queue:
+            groups.setdefault(waiting.ids, []).append(waiting)
+        first = len(queue[0].ids)
+        longest, tokens, taken = 0, 0, set[tuple[int, ...]]()
+        for ids in sorted(groups, key=lambda ids: abs(len(ids) - first)):
+            longest, tokens = max(longest, len(ids)), tokens + len(ids)
+            padded = longest * (len(taken) + 1)
+            too_much = padded > self._max_batch_tokens or padded - tokens > max(PADDING * tokens, FREE_PADDING)
+            if taken and (too_much or len(taken) == MAX_ROWS):
                 break
-            batch.add(waiting)
-        if left := [waiting for waiting in queue if waiting not in batch]:
+            taken.add(ids)
+        if left := [waiting for waiting in queue if waiting.ids not in taken]:
             self._queues[variant] = left  # at the end: the other variants come first
-        return variant, [waiting for waiting in queue if waiting in batch]
+        return _Batch(variant, {ids: group for ids, group in groups.items() if ids in taken})
 
-    async def _run_batch(self, variant: Variant, batch: list[_Waiting]) -> None:
-        def compute() -> tuple[float, list[tuple[_Waiting, Row]], float]:
+    async def _run_batch(self, batch: _Batch) -> None:
+        variant, asked = batch.variant, list(batch.prompts)
+
+        def compute() -> tuple[float, list[Row], float]:
             start = perf_counter()
-            rows = variant.run([w.job.ids for w in batch], max(w.job.top_k for w in batch))
-            return start, list(zip(batch, rows, strict=True)), perf_counter()
+            rows = variant.run(asked, batch.top_k, batch.wide)
+            return start, rows, perf_counter()
 
         try:
-            start, computed, end = await asyncio.get_running_loop().run_in_executor(self._thread, compute)
+            start, rows, end = await asyncio.get_running_loop().run_in_executor(self._threads, compute)
+            if len(rows) != len(asked):
+                raise ValueError(f"variant {variant.name!r} gives {len(rows)} rows for {len(asked)} prompts")
         except Exception as error:
-            for waiting in batch:
+            for waiting in itertools.chain(*batch.prompts.values()):
                 if not waiting.future.done():
                     waiting.future.set_exception(error)
             return
-        self._job_s += 0.1 * ((end - start) / len(batch) - self._job_s)
-        lengths = [len(waiting.job.ids) for waiting in batch]
-        self.metrics.computed(variant.name, lengths, padded=len(batch) * max(lengths))
-        for waiting, row in computed:
-            if not waiting.future.done():  # its caller may have left
-                waiting.future.set_result(Done(row, start - waiting.since, end - start, end))
+        finally:
+            groups, batch.prompts = list(batch.prompts.values()), {}  # nobody joins it from here on
+        self._job_s += 0.1 * ((end - start) / len(asked) / self._lanes - self._job_s)
+        lengths = list(map(len, asked))
+        self.metrics.computed(variant.name, lengths, padded=len(asked) * max(lengths))
+        for group, row in zip(groups, rows, strict=True):
+            for waiting in group:
+                if not waiting.future.done():  # its caller may have left
+                    queued = max(0.0, start - waiting.since)  # one that joined later waited for no lane
+                    waiting.future.set_result(Done(row, queued, end - max(start, waiting.since), end))

@@ -25,16 +25,16 @@ class ProviderMissing(BadInput):
 class Runtime:
     """One provider and one thread budget for all sessions.
 
-    The budget is kept by running one batch at a time (service/engine.py) on `threads` threads. ONNX
-    Runtime's process-wide pool (`set_global_thread_pool_sizes`) would be the obvious way, but it spins
-    and cannot be told not to: with 2 threads and a 0.3 ms batch every 3 ms it took 3.5 ms of processor
+    The budget is kept by as many lanes as there are threads, each a run on one core (service/engine.py), or one run
+    on all of them. ONNX Runtime's process-wide pool (`set_global_thread_pool_sizes`) would be the obvious way, but it
+    spins and cannot be told not to: with 2 threads and a 0.3 ms batch every 3 ms it took 3.5 ms of processor
     time per batch, which is a core of two, where a session's own pool without spinning took 0.27 ms
     (onnxruntime 1.31.1; 300 batches). Pools that wait cost a blocked thread each and nothing else.
     """
 
     def __init__(self, provider: Literal["auto", "cpu", "cuda"], threads: int, ops: Path | None = None) -> None:
         """BadInput where `ops` holds a library of fused operators that is damaged or of another kind."""
-        self._threads = threads
+        self.threads = threads
         self.ops: Library | None = library.find(ops) if ops else None
         self.no_ops = "" if self.ops else "fused operators were never built; actuary ops build makes them"
         self._asked = provider
@@ -61,19 +61,27 @@ class Runtime:
         cuda = self._cuda and not self.why_cpu(precision)
         return self.ops.why_not(activation.name, activation.digest, cuda=cuda)
 
-    def open(self, model: Path, activation: ActivationInfo | None = None, precision: str = "fp32") -> Any:
+    @property
+    def lanes(self) -> int:
+        """How many batches run at a time: one a core on the CPU, one on a device."""
+        return 1 if self._cuda else self.threads
+
+    def open(
+        self, model: Path, activation: ActivationInfo | None = None, precision: str = "fp32", wide: bool = False
+    ) -> Any:
         """An InferenceSession of `model`; raises what ONNX Runtime raises where it is not a good one.
 
         Args:
             activation: of the graph; with it, the fused operators are used where `unfused` says nothing against it.
             precision: of the graph; BadInput where the provider has no kernels for it.
+            wide: on the CPU, with all threads; else with one.
         """
         if not self._cuda or self.why_cpu(precision):
             check_precision(precision, CPU)
-            return self._session(model, [CPU], activation)
+            return self._session(model, [CPU], activation, wide)
         check_precision(precision, CUDA)
         try:
-            session = self._session(model, [CUDA, CPU], activation)
+            session = self._session(model, [CUDA, CPU], activation, wide)
             if CUDA in session.get_providers():
                 return session
             reason = self._preload_said or "its libraries do not load"
@@ -84,7 +92,7 @@ class Runtime:
                 f"CUDA does not open it ({reason}), and the CPU has no kernels for {precision}; "
                 "check the driver with nvidia-smi, or export it again with --precision fp32"
             )
-        session = self._session(model, [CPU], activation)  # a model that fails here too is itself bad
+        session = self._session(model, [CPU], activation, wide)  # a model that fails here too is itself bad
         self._without_cuda(reason)
         return session
 
@@ -105,10 +113,10 @@ class Runtime:
             )
         self._cuda, self.no_cuda = False, reason.partition(": ")[0]  # what follows names the same file again
 
-    def _session(self, model: Path, providers: list[str], activation: ActivationInfo | None) -> Any:
+    def _session(self, model: Path, providers: list[str], activation: ActivationInfo | None, wide: bool) -> Any:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = FATAL
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = self.threads if wide or CUDA in providers else 1
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry(RECORD, "1")

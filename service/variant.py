@@ -5,9 +5,12 @@ A variant is only made from a graph that keeps the contract of export/bundle.py 
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,9 @@ from service.vocabulary import Vocabulary
 # Types and ranks that the graph must have.
 _INPUTS = {bundle.INPUT_IDS: ("int64", 2), bundle.LENGTHS: ("int64", 1), bundle.TOP_K: ("int64", 1)}
 _OUTPUTS = dict.fromkeys(bundle.OUTPUTS, ("float", 2)) | {bundle.TOP_IDS: ("int64", 2)}
+
+WIDE_TOKENS, WIDE_ROUNDS = 128, 5  # of the prompt that is timed on one core and on all, and how often
+WIDE_GAIN = 0.85  # of the time on one core: for less, a second session is not worth its memory
 
 
 @dataclass(frozen=True)
@@ -47,19 +53,26 @@ class Variant:
     provider: str
     unfused: str  # why its activation runs as standard operators; empty where it runs our kernel
     audit: Audit
+    wide_session: Any = None  # the same on all lanes' cores at once; None where that is no faster
 
     @property
     def name(self) -> str:
         return self.manifest.name
 
-    def run(self, prompts: Sequence[Sequence[int]], top_k: int) -> list[Row]:
+    @property
+    def wide(self) -> bool:
+        """Whether a batch that is alone is faster on all cores."""
+        return self.wide_session is not None
+
+    def run(self, prompts: Sequence[Sequence[int]], top_k: int, wide: bool = False) -> list[Row]:
         """B prompts of 1 to `context` ids each -> B rows, with K = top_k. Blocks; safe from any thread."""
         lengths = np.fromiter(map(len, prompts), np.int64, len(prompts))
         ids = np.zeros((len(prompts), lengths.max()), np.int64)  # [B, T], padded on the right
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = prompt
         feeds = {bundle.INPUT_IDS: ids, bundle.LENGTHS: lengths, bundle.TOP_K: np.array([top_k])}
-        return [Row(*arrays) for arrays in zip(*self.session.run(bundle.OUTPUTS, feeds), strict=True)]
+        session = self.wide_session if wide else self.session
+        return [Row(*arrays) for arrays in zip(*session.run(bundle.OUTPUTS, feeds), strict=True)]
 
 
 def open_variant(folder: Path, runtime: Runtime, vocabulary: Callable[[Path, str], Vocabulary]) -> Variant:
@@ -77,14 +90,34 @@ def open_variant(folder: Path, runtime: Runtime, vocabulary: Callable[[Path, str
         )
     file = onnx_file.read(folder / bundle.MODEL)
     check_file(file, manifest.opset)
-    session = runtime.open(folder / bundle.MODEL, manifest.activation_info, manifest.precision)
+
+    def opened(wide: bool) -> Any:
+        return runtime.open(folder / bundle.MODEL, manifest.activation_info, manifest.precision, wide)
+
+    session = opened(wide=False)
     found = _audited(session, file, manifest, runtime)
     _check_signature("input", _INPUTS, session.get_inputs())
     _check_signature("output", _OUTPUTS, session.get_outputs())
     unfused = _unfused(found, runtime.unfused(manifest.activation_info, manifest.precision))
     variant = Variant(manifest, tokenizer, session, found.provider, unfused, found)
     _warm_up(variant)
+    if runtime.lanes > 1:
+        both = dataclasses.replace(variant, wide_session=opened(wide=True))
+        return both if _wide_is_faster(both) else variant
     return variant
+
+
+def _wide_is_faster(variant: Variant) -> bool:
+    """Measured in turn, on one prompt of up to WIDE_TOKENS."""
+    prompt = [[0] * min(variant.manifest.context, WIDE_TOKENS)]
+    taken: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(WIDE_ROUNDS + 1):
+        for wide, times in taken.items():
+            start = perf_counter()
+            variant.run(prompt, 1, wide)
+            times.append(perf_counter() - start)
+    wide_s, narrow_s = (statistics.median(taken[wide][1:]) for wide in (True, False))  # the first ones warm up
+    return wide_s < WIDE_GAIN * narrow_s
 
 
 def _audited(session: Any, file: onnx_file.OnnxFile, manifest: Manifest, runtime: Runtime) -> Audit:

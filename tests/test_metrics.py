@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 import time
@@ -163,12 +164,12 @@ def test_batches_tokens_and_padding_are_counted(client: TestClient) -> None:
 class Gated:
     """Stands for a Variant: computes once the gate is open."""
 
-    name = "gated"
+    name, wide = "gated", False
 
     def __init__(self) -> None:
         self.started, self.gate = threading.Event(), threading.Event()
 
-    def run(self, prompts: list[list[int]], top_k: int) -> list[Any]:
+    def run(self, prompts: list[tuple[int, ...]], top_k: int, wide: bool) -> list[Any]:
         self.started.set()
         assert self.gate.wait(LIMIT_S)
         return list(prompts)
@@ -179,8 +180,10 @@ def test_what_is_dropped_and_what_is_refused_is_counted() -> None:
         engine, variant = Engine(max_queue=4, max_batch_tokens=100, timeout_s=0.2), Gated()
         metrics = Metrics(engine.metrics, lambda: engine.waiting)
 
+        numbers = itertools.count()  # one prompt is not computed twice
+
         def job(variant: Any = variant) -> Job:
-            return Job(variant, [1], 1)
+            return Job(variant, [next(numbers)], 1)
 
         async def gone(task: asyncio.Task[Any]) -> None:
             await asyncio.wait([task], timeout=LIMIT_S)
@@ -218,6 +221,8 @@ def test_what_is_dropped_and_what_is_refused_is_counted() -> None:
 
 def test_a_request_whose_others_failed_is_dropped_as_failed() -> None:
     class Broken:
+        name, wide = "broken", False
+
         def run(self, *_: object) -> list[Any]:
             raise RuntimeError("out of memory")
 
@@ -228,7 +233,7 @@ def test_a_request_whose_others_failed_is_dropped_as_failed() -> None:
             while not variant.started.is_set():
                 await asyncio.sleep(0.001)
             # The broken one's turn comes first; the two others of its request still wait then.
-            fails = asyncio.create_task(engine.run([Job(Broken(), [1], 1), *[Job(variant, [1], 1)] * 2]))
+            fails = asyncio.create_task(engine.run([Job(Broken(), [1], 1), Job(variant, [2], 1), Job(variant, [3], 1)]))
             await asyncio.sleep(0)
             variant.gate.set()
             await asyncio.wait([first, fails], timeout=LIMIT_S)
