@@ -3,8 +3,8 @@ file, every shape that must be refused, every library that must not load, and th
 
 from __future__ import annotations
 
-import functools
 import ctypes
+import functools
 import itertools
 import json
 import os
