@@ -97,7 +97,8 @@ def _read_config(folder: Path) -> Any:
     if not (folder / CONFIG).is_file():
         raise BadInput(f"checkpoint {folder}: {CONFIG} is missing; give a folder that save_pretrained wrote")
     settings = _read_object(folder / CONFIG)
-    family = str(settings.get("model_type")).removeprefix(OF_SWAP)
+    family = settings.get("model_type")
+    family = family.removeprefix(OF_SWAP) if isinstance(family, str) else None
     if family == ActuaryConfig.model_type:
         raise BadInput(f"checkpoint {folder} is our own; export it without --from: actuary export {folder}")
     if family not in FAMILIES:

@@ -4,6 +4,7 @@ file, every shape that must be refused, every library that must not load, and th
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import json
 import os
@@ -492,7 +493,9 @@ def test_the_first_compile_that_fails_ends_the_others(slow_compiler, tmp_path, m
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_process_alone_ends_its_compilers_and_leaves_nothing(slow_compiler, tmp_path, number):
     command = [*ACTUARY, "ops", "build", "--no-cuda", "--out", str(tmp_path / "ops")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # In the background of a shell without job control, as under nohup, SIGINT is ignored, and children inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 60
     while not (slow_compiler / "waiting").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
