@@ -224,9 +224,9 @@ def test_concurrent_requests_equal_singles(bundles: Path) -> None:
         batches = []
         run_batch = engine._run_batch
 
-        async def counted(variant, batch):
-            batches.append(len(batch))
-            await run_batch(variant, batch)
+        async def counted(batch):
+            batches.append(len(batch.prompts))
+            await run_batch(batch)
 
         engine._run_batch = counted
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x")
