@@ -50,7 +50,8 @@ ort::Status* compute(void* kernel, ort::Context* context) {
   return compute_cpu(op.api, context, op.activation, op.type, call);
 }
 
-// y has x's shape, but H where x has 2H. Says nothing where x's shape is not known: then the rank reads 0.
+// y has x's shape, but H where x has 2H. Says nothing where x's shape is not known (the rank reads 0), or where one of its
+// dimensions is not, not even by name: ONNX Runtime would take all such for one size, and their memory for one.
 ort::Status* infer_shape(const ort::CustomOp* self, ort::ShapeContext* context) {
   const ort::Api api = op_of(self).api;
   ort::ShapeInfo *x = nullptr, *y = nullptr;
@@ -59,12 +60,15 @@ ort::Status* infer_shape(const ort::CustomOp* self, ort::ShapeContext* context) 
   if (auto* error = ort::infer_input(api, context, size_t{0}, &x)) return error;
   if (auto* error = ort::get_rank(api, x, &rank)) return error;
   if (rank == 0) return nullptr;
-  if (activation_of(self).tensors == 1) return ort::infer_output(api, context, size_t{0}, x);
-
   std::vector<int64_t> dims(rank);
   std::vector<const char*> symbols(rank);
   if (auto* error = ort::get_dims(api, x, dims.data(), rank)) return error;
   if (auto* error = ort::get_symbols(api, x, symbols.data(), rank)) return error;
+  for (size_t i = 0; i < rank; ++i) {
+    if (dims[i] < 0 && !*symbols[i]) return nullptr;
+  }
+  if (activation_of(self).tensors == 1) return ort::infer_output(api, context, size_t{0}, x);
+
   if (auto* error = ort::get_type(api, x, &type)) return error;
   dims.back() = dims.back() < 0 ? -1 : dims.back() / 2;
   symbols.back() = "";  // half of what was called 2H has no name
