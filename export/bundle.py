@@ -18,7 +18,8 @@ from actuary import BadInput
 
 OPSET = 20  # the newest at which every operator that we emit still has its CUDA kernel registered
 DOMAIN = "ai.actuary"  # of our own operators
-STRUCTURAL = ("CachedAttention", "CachedAttentionOfRows", "Int8Linear")  # those that are no activation
+ATTENTION = ("CachedAttention", "CachedAttentionOfRows")  # of a graph with a cache (export/attention.py)
+STRUCTURAL = (*ATTENTION, "Int8Linear")  # those that are no activation
 
 MODEL, TOKENIZER, MANIFEST = "model.onnx", "tokenizer.json", "manifest.json"
 CATALOGUE = "activations.json"  # beside the bundles: every activation of the registry that exported them

@@ -98,7 +98,7 @@ def _open(path: Path, provider: str, ops: Library | None, saved: Path | None) ->
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     if ops:
-        library.register(options, ops)
+        library.register(options, ops, cuda=provider == CUDA)
     providers = [provider] if provider == CPU else [provider, CPU]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
@@ -216,10 +216,12 @@ def draw_block(found: Inspection, manifest: Manifest) -> str:
         texts["+"] = "within ffn_norm's operator"
     if add2 in end:
         texts["+ "] = "within the next norm's operator"
-    stream = f"x [B, T, {manifest.dim}]"
+    cached, last = bundle.PAST in found.graph.weights, manifest.layers == 1
+    stream = "N" if cached else "B, T"
+    answered = ("B + E" if cached else "B") if last else stream  # the last block goes on with the rows that are asked
     width = max(map(len, where))
     room = WIDTH - len("  |   |     ") - width - len("  CPU+CUDA")
-    lines = [f"block 0 of {manifest.layers} as it was loaded", "", f"      {stream}"]
+    lines = [f"block 0 of {manifest.layers} as it was loaded", "", f"      x [{stream}, {manifest.dim}]"]
     for label, nodes in where.items():
         if label in ("attention_norm", "ffn_norm"):
             lines.append("  .---|")
@@ -230,7 +232,7 @@ def draw_block(found: Inspection, manifest: Manifest) -> str:
         for text in textwrap.wrap(texts[label], room):
             lines.append(f"{left}   {shown:<{width}}  {text.replace(NO_BREAK, ' '):<{room}}  {place}".rstrip())
             left, shown, place = "  |   |", "", ""
-    return "\n".join([*lines, f"      {stream}"])
+    return "\n".join([*lines, f"      x [{answered}, {manifest.dim}]"])
 
 
 def _operators(graph: OnnxFile, nodes: Iterable[int], at: str) -> str:

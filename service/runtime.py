@@ -121,5 +121,5 @@ class Runtime:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry(RECORD, "1")
         if self.ops and activation and not self.ops.why_not(activation.name, activation.digest, CUDA in providers):
-            library.register(options, self.ops)
+            library.register(options, self.ops, cuda=CUDA in providers)
         return onnxruntime.InferenceSession(str(model), options, providers=providers, enable_fallback=0)
