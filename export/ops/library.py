@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actuary import BadInput
 
-OPS_VERSION = 1  # of the operators' contract: names, inputs, types
+OPS_VERSION = 2  # of the operators' contract: names, inputs, types
 ORT_API = 24  # of ONNX Runtime's C interface that the library asks for (1.24 and newer have it)
 BINARY, RECORD = "libactuary_ops.so", "library.json"
 DEFAULT_FOLDER = Path("artifacts/ops")

@@ -1,12 +1,13 @@
 // The operators of domain ai.actuary as ONNX Runtime sees them: NAME and biased_NAME of every activation, for float
-// and float16 on the CPU and, where nvcc was there, float, float16 and bfloat16 on CUDA. One exported symbol registers
-// them all.
+// and float16 on the CPU and, where nvcc was there, float, float16 and bfloat16 on CUDA; and those of int8_linear.cpp.
+// One exported symbol registers them all.
 #include <climits>
 #include <cstdio>
 #include <mutex>
 #include <vector>
 
 #include "activation.h"
+#include "int8_linear.h"
 
 namespace actuary {
 
@@ -142,6 +143,9 @@ ort::Status* domain(ort::Api api, ort::Domain** out) {
     if (auto* error = ort::create_domain(api, ACTUARY_DOMAIN, &begun)) return error;
     for (const Op& op : ops) {
       if (auto* error = ort::add_op(api, begun, static_cast<const ort::CustomOp*>(&op))) return error;
+    }
+    for (const ort::CustomOp* op : linear_ops(api)) {
+      if (auto* error = ort::add_op(api, begun, op)) return error;
     }
     made = begun;
   }
