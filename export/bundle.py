@@ -18,6 +18,7 @@ from actuary import BadInput
 
 OPSET = 20  # the newest at which every operator that we emit still has its CUDA kernel registered
 DOMAIN = "ai.actuary"  # of our own operators
+STRUCTURAL = ("CachedAttention", "Int8Linear")  # those of them that are no activation
 
 MODEL, TOKENIZER, MANIFEST = "model.onnx", "tokenizer.json", "manifest.json"
 CATALOGUE = "activations.json"  # beside the bundles: every activation of the registry that exported them

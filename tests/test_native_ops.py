@@ -63,18 +63,6 @@ def run(model: bytes, feeds: dict, fused=None, threads: int = 1) -> np.ndarray:
     return y
 
 
-@pytest.fixture
-def isa(request, fused):
-    """Runs one instruction set's loops, and puts back what ran before."""
-    before = library.running_isa(fused)
-    try:
-        library.use_isa(fused, request.param)
-    except BadInput as error:
-        pytest.skip(str(error))
-    yield request.param
-    library.use_isa(fused, before)
-
-
 # --- the numbers ---------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +277,7 @@ def copied(fused, folder: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"ops_version": 99}, "of version 99, where this is 1"),
+        ({"ops_version": 99}, "of version 99, where this is 2"),
         ({"ort_api": 17}, "for ONNX Runtime's interface 17, where this is 24"),
         ({"machine": "sparc"}, "for the processor 'sparc', where this is"),
         ({"system": "darwin"}, "for the system 'darwin', where this is 'linux'"),

@@ -198,7 +198,11 @@ def _version(program: str) -> str:
 
 
 def _hash_of_inputs(tools: Toolchain, expressions: Mapping[str, Expression]) -> str:
-    parts = [repr(tools), repr((FLAGS, VECTOR_FLAGS, ISAS, INT8_ISAS, INT8_FLAGS, CUDA_ARCHS, OPS_VERSION, ORT_API)), platform.machine()]
+    parts = [
+        repr(tools),
+        repr((FLAGS, VECTOR_FLAGS, ISAS, INT8_ISAS, INT8_FLAGS, CUDA_ARCHS, OPS_VERSION, ORT_API)),
+        platform.machine(),
+    ]
     parts += [repr(platform.libc_ver()), Path(__file__).read_text(encoding="utf-8")]
     parts += [f"{name} {expression.digest}" for name, expression in expressions.items()]
     parts += generated(expressions, {}, {}).values()

@@ -27,9 +27,9 @@ MOST_ROWS = 2**16  # kMostRows: more rows of W could overflow int32
 def int8_linear() -> onnx.FunctionProto:
     """The function ai.actuary::Int8Linear.
 
-    Its inputs are x [..., K], weights int8 as `panels` lays them, step [N], sums int32 [N] of W's columns, bias [N]; its
-    output is y [..., N]. K is a multiple of DEPTH. What depends on the weights alone a runtime computes when it loads
-    them. A row with NaN or an infinity in it comes out as NaN, by `poison`: a minimum may lose it.
+    Its inputs are x [..., K], weights int8 as `panels` lays them, step [N], sums int32 [N] of W's columns, bias [N];
+    its output is y [..., N]. K is a multiple of DEPTH. What depends on the weights alone a runtime computes when it
+    loads them. A row with NaN or an infinity in it comes out as NaN, by `poison`: a minimum may lose it.
     """
     text = f"""
         <domain: "{DOMAIN}", opset_import: ["": {OPSET}]>

@@ -189,7 +189,7 @@ ort::Status* run(void* kernel, ort::Context* context) {
   const ort::Api api = op_of(static_cast<ort::CustomOp*>(kernel)).api;
   Call call;
   if (auto* error = check(api, context, &call)) return error;
-  return call.rows * call.N ? compute(api, context, call) : nullptr;
+  return call.rows && call.N ? compute(api, context, call) : nullptr;
 }
 
 // y has x's shape, but N, of step [N], where x has K. Says nothing where x's shape is not known: then the rank reads 0.
