@@ -21,7 +21,7 @@ Floats = NDArray[np.float32]  # [V]
 # Beyond these a temperature changes nothing in float32, and 1 / temperature would not be finite.
 COLDEST, HOTTEST = 1e-30, 1e30
 SMALL_BLOCK = 64  # weights whose highest is looked for at once, to find the highest of all
-BIN_BITS = 14
+MAX_BIN_BITS = 14
 BLOCK = 256  # weights that are summed at once, to find the drawn one: a running sum over all takes five times as long
 
 
@@ -153,11 +153,11 @@ def _highest(weights: Floats, goal: float, amounts: Floats | None) -> NDArray[np
         weights: 0 to 1.
         amounts: what each amounts to; None: 1 each.
     """
-    # The bits of floats that are not negative are ordered as they are: the upper ones, up to BIN_BITS of those that
-    # differ, number the bins of a histogram.
+    # The bits of floats that are not negative are ordered as they are: the upper ones of those that differ number the
+    # bins of a histogram, about as many as there are weights.
     bits = weights.view(np.uint32)
     bits = bits - bits.min()
-    bins = (bits >> max(0, int(bits.max()).bit_length() - BIN_BITS)).astype(np.intp)
+    bins = (bits >> max(0, int(bits.max()).bit_length() - min(MAX_BIN_BITS, len(weights).bit_length()))).astype(np.intp)
     falling = np.cumsum(np.bincount(bins, amounts)[::-1])
     at = min(int(np.searchsorted(falling, goal)), len(falling) - 1)
     edge = len(falling) - 1 - at
