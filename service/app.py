@@ -23,6 +23,7 @@ from service.inference_protocol import v2
 from service.library import Library, open_library
 from service.metrics import CONTENT_TYPE, Metrics, model_label
 from service.next_token import Answered, next_token
+from service.prefix_cache import prefix_caches
 from service.runtime import Runtime
 from service.schema import (
     DetokenizeAnswer,
@@ -64,7 +65,15 @@ def create_app(settings: Settings) -> FastAPI:
     """Open the bundles and build the application; BadInput where nothing can be served."""
     runtime = Runtime(settings.provider, settings.threads, settings.ops)
     library = open_library(settings.bundles, runtime)
-    engine = Engine(settings.max_queue, settings.max_batch_tokens, settings.timeout_s, runtime.lanes)
+    engine = Engine(
+        settings.max_queue,
+        settings.max_batch_tokens,
+        settings.timeout_s,
+        runtime.lanes,
+        max_queue_tokens=settings.max_queue_tokens,
+        max_queue_bytes=settings.max_queue_mb << 20,
+        caches=prefix_caches(library.variants.values(), settings.cache_mb << 20),
+    )
     service = Service(
         settings,
         library,
@@ -72,7 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
         runtime.no_cuda,
         assets.Compressed.of(_activations(library), "application/json"),
         Tokens(library, settings),
-        Metrics(engine.metrics, lambda: engine.waiting),
+        Metrics(engine.metrics, engine.tell),
     )
 
     @asynccontextmanager
