@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from actuary import BadInput
-from export.bundle import DOMAIN
+from export.bundle import DOMAIN, STRUCTURAL
 from export.onnx_file import SIZES, OnnxFile
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -143,8 +143,10 @@ def audit_of(
     assigned: Sequence[Assigned], file: OnnxFile, precision: str, provider: str, loaded: OnnxFile | None = None
 ) -> Audit:
     """The same of what a session said."""
-    ours = sum(node.domain == DOMAIN for node in file.nodes)
-    kept = sum(node.domain == DOMAIN for node in assigned)
+    ours, kept = (
+        sum(node.domain == DOMAIN and node.op_type not in STRUCTURAL for node in nodes)
+        for nodes in (file.nodes, assigned)
+    )
     activation: Runs = "standard" if not ours else "fused" if kept == ours else "inlined"
     nodes = _as_assigned(assigned, file)
     fallen = [node for node in nodes if node.floating and node.provider == CPU != provider]

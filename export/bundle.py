@@ -18,6 +18,7 @@ from actuary import BadInput
 
 OPSET = 20  # the newest at which every operator that we emit still has its CUDA kernel registered
 DOMAIN = "ai.actuary"  # of our own operators
+STRUCTURAL = ("CachedAttention", "CachedAttentionOfRows", "Int8Linear")  # those that are no activation
 
 MODEL, TOKENIZER, MANIFEST = "model.onnx", "tokenizer.json", "manifest.json"
 CATALOGUE = "activations.json"  # beside the bundles: every activation of the registry that exported them
@@ -32,6 +33,14 @@ SIGMOID = "sigmoid"  # float32 [B, V]
 TOP_IDS = "top_ids"  # int64 [B, K], by falling logit, ties by rising id
 MASS = "mass"  # float32 [B, 2]: sum over V of softmax, of sigmoid
 ENTROPY_BITS = "entropy_bits"  # float32 [B, 2]: of softmax; of sigmoid divided by its mass
+# A graph with a cache has these besides, each with a default: no cache, no rows. L layers, W = 2 kv_heads head_dim,
+# N = sum of the lengths: the prompts' tokens, one prompt after another. input_ids are then the tokens after the cached.
+PAST = "past"  # float32 [L, S, W], S slots of a token each: keys, then values; all of it finite
+PAST_SLOTS = "past_slots"  # int64 [B, P]: where each prompt's earlier tokens are, padded with any slot
+PAST_LENGTHS = "past_lengths"  # int64 [B], 0 <= past_length <= P
+ROWS = "rows"  # int64 [E], 0 <= row < N: tokens whose next one is asked besides; the outputs have B + E rows then
+PRESENT = "present"  # float32 [L, N, W]: what the cache may keep of these tokens
+CACHE = (PAST, PAST_SLOTS, PAST_LENGTHS, ROWS)
 INPUTS = (INPUT_IDS, LENGTHS, TOP_K)
 OUTPUTS = (LOGITS, SOFTMAX, SIGMOID, TOP_IDS, MASS, ENTROPY_BITS)
 

@@ -202,7 +202,9 @@ def export_bundle(
     check_finite(checkpoint.model, checkpoint.name, "its training diverged; train it again")
     decoder = checkpoint.decoder
     info = describe(decoder.activation)
-    model, quality, float_model = build(decoder, flavor), checkpoint.quality, None
+    # What serves on the CPU: the half types have no kernel for the cache's attention.
+    cache = flavor == "ort" and precision in ("fp32", "int8")
+    model, quality, float_model = build(decoder, flavor, cache=cache), checkpoint.quality, None
     if precision == "int8":
         if model.ByteSize() > parity.IN_MEMORY_BYTES:
             raise BadInput(

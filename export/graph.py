@@ -15,6 +15,13 @@ Two flavours. `portable`: standard operators of opset 20, and one node of our ow
 travels in the file as a function (export/ops/onnx_function.py), but for those of STANDARD. `ort`: the same with ONNX
 Runtime's own operators, attention one GroupQueryAttention (from the split of qkv to before `out`) and each
 `+ x -> norm` one Skip(Simplified)LayerNormalization. What each gains is in docs/log.md.
+
+With a `cache` the padding is dropped at the door, so that everything between works on N packed tokens, and attention
+is an operator of ours (export/attention.py) that also reads the keys and values of each prompt's earlier tokens:
+
+    input_ids [B, T], lengths [B] -> ids [N] -> ... x [N, C] -> rows [B + E, C] -> ... -> logits [B + E, V]
+
+The inputs that it has besides have a default, no cache and no rows: who knows nothing of them need not feed them.
 """
 
 from __future__ import annotations
@@ -29,7 +36,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export import bundle
+from export import attention, bundle
 from export.ops.onnx_function import onnx_function, operator_name
 from export.ops.trace import trace
 from models.decoder import Decoder, Weights
@@ -71,6 +78,10 @@ class Graph:
     def scalar(self, value: float) -> str:
         return self.weight(f"float_{value!r}", np.array(value, dtype=np.float32))
 
+    def floats(self, tensor: str, *shape: str | int) -> None:
+        """Tell the shape of an operator's result that nobody else can: without it, what follows is not fused."""
+        self.value_info.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, shape))
+
     def rms_norm(self, x: str, gain: str, eps: float) -> str:
         """x / sqrt(mean(x^2) + eps) * gain [C] over the last axis, in the form that ONNX Runtime fuses."""
         square = self.node("Pow", x, self.scalar(2.0))
@@ -86,15 +97,20 @@ ORT = "com.microsoft"  # ONNX Runtime's own operators
 STANDARD = {"relu": "Relu"}
 
 
-def build(decoder: Decoder, flavor: Flavor = "ort", positions: Positions = "last") -> onnx.ModelProto:
+def build(
+    decoder: Decoder, flavor: Flavor = "ort", positions: Positions = "last", cache: bool = False
+) -> onnx.ModelProto:
     """The whole model.
 
     Args:
         flavor: `ort` takes ONNX Runtime's own operators where they are faster; `portable` takes none.
         positions: `last` is the bundle's contract (export/bundle.py); `all` gives logits [B, T, V] of every
             position and nothing else, which is what measuring bits per byte takes.
+        cache: with the inputs and the output of bundle.CACHE; of `last` alone.
     """
     g = Graph()
+    if cache:
+        return _cached(g, decoder, flavor)
     shared = _shared(g, decoder, flavor, positions)
     x = g.node("Gather", g.weight("embed", decoder.weights["embed"]), bundle.INPUT_IDS)  # [B, T, C]
     if decoder.rope is None:
@@ -113,12 +129,65 @@ def build(decoder: Decoder, flavor: Flavor = "ort", positions: Positions = "last
             delta = _attention(g, decoder, i, y, shared)
         x, y = _add_norm(g, decoder, flavor, "ffn_norm", w, x, delta, at)
         delta = _feed_forward(g, decoder, i, y, axes=["batch"] if last else ["batch", "time"])
-    _, x = _add_norm(g, decoder, flavor, "norm", decoder.weights, x, delta)
-    # The head has a transposed table of its own, also where it is the embedding's, so that it can be quantised alone.
-    logits = _linear(g, "head", decoder.weights, x, output=bundle.LOGITS)
+    logits = _logits(g, decoder, flavor, x, delta)
     if positions == "last":
         _probabilities(g, logits)
     return _model(g, decoder, flavor, positions)
+
+
+def _logits(g: Graph, decoder: Decoder, flavor: Flavor, x: str, delta: str) -> str:
+    """The head has a table of its own, also where it is the embedding's, so that it can be quantised alone."""
+    _, x = _add_norm(g, decoder, flavor, "norm", decoder.weights, x, delta)
+    return _linear(g, "head", decoder.weights, x, output=bundle.LOGITS)
+
+
+def _cached(g: Graph, decoder: Decoder, flavor: Flavor) -> onnx.ModelProto:
+    """The whole model over packed tokens, with a cache."""
+    heads, kv_heads, D = decoder.heads, decoder.kv_heads, decoder.head_dim
+    zero, one = (g.weight(f"int_{value}", np.array(value, dtype=np.int64)) for value in (0, 1))
+    time = g.node("Range", zero, g.node("Squeeze", g.node("Shape", bundle.INPUT_IDS, start=1, end=2)), one)
+    inside = g.node("Less", time, g.node("Unsqueeze", bundle.LENGTHS, g.ints(1)))  # [B, T]
+    counted = g.node("Reshape", inside, g.ints(-1))
+    x = g.node("Gather", g.weight("embed", decoder.weights["embed"]), g.node("Compress", bundle.INPUT_IDS, counted))
+    if decoder.rope is None:
+        later = g.node("Add", time, g.node("Unsqueeze", bundle.PAST_LENGTHS, g.ints(1)))
+        at = g.node("Compress", g.node("Where", inside, later, zero), counted)
+        x = g.node("Add", x, g.node("Gather", g.weight("position", decoder.weights["position"]), at))
+    asked = g.node("Concat", g.node("Sub", g.node("CumSum", bundle.LENGTHS, zero), one), bundle.ROWS, axis=0)  # [B + E]
+    read = [bundle.LENGTHS, bundle.PAST, bundle.PAST_SLOTS, bundle.PAST_LENGTHS]
+    if decoder.rope:
+        read += [g.weight(name, t) for name, t in zip(("rope.cos", "rope.sin"), decoder.rope, strict=True)]
+    present, delta = [], ""  # what the next norm adds to x first
+    for i in range(decoder.layers):
+        at, w = f"blocks.{i}.", _scaled(decoder, i)
+        last = i == decoder.layers - 1
+        x, y = _add_norm(g, decoder, flavor, "attention_norm", w, x, delta, at)
+        gains = [g.weight(f"{at}{key}", w[key]) for key in ("q_norm.weight", "k_norm.weight") if key in w]
+        if last:
+            w = _q_apart(decoder, w)
+            x, of_asked = (g.node("Gather", rows, asked) for rows in (x, y))
+            operator, first = attention.OF_ROWS, [_linear(g, "q", w, of_asked, at), _linear(g, "kv", w, y, at), asked]
+        else:
+            operator, first = attention.PACKED, [_linear(g, "qkv", w, y, at)]
+        y, new = g.split(
+            operator, *first, *read, *gains, outputs=[at + "attended", at + "present"], domain=bundle.DOMAIN,
+            heads=heads, kv_heads=kv_heads, layer=i, eps=decoder.norm_eps,
+        )  # fmt: skip
+        present.append(new)
+        g.floats(y, "asked" if last else "tokens", heads * D)
+        x, y = _add_norm(g, decoder, flavor, "ffn_norm", w, x, _linear(g, "out", w, y, at), at)
+        delta = _feed_forward(g, decoder, i, y, axes=["asked" if last else "tokens"])
+    g.node("Concat", *present, axis=0, output=bundle.PRESENT)
+    _probabilities(g, _logits(g, decoder, flavor, x, delta))
+    return _model(g, decoder, flavor, "last", cache=True)
+
+
+def _q_apart(decoder: Decoder, w: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """The weights with q and kv instead of qkv."""
+    for kind in ("weight", "bias"):
+        if f"qkv.{kind}" in w:
+            w[f"q.{kind}"], w[f"kv.{kind}"] = np.split(w.pop(f"qkv.{kind}"), [decoder.heads * decoder.head_dim])
+    return w
 
 
 @dataclass(frozen=True)
@@ -299,9 +368,7 @@ def _attention_of_last(g: Graph, decoder: Decoder, i: int, x: str, shared: _Shar
     """
     at, w = f"blocks.{i}.", _scaled(decoder, i)
     heads, kv_heads, D = decoder.heads, decoder.kv_heads, decoder.head_dim
-    for kind in ("weight", "bias"):
-        if f"qkv.{kind}" in w:
-            w[f"q.{kind}"], w[f"kv.{kind}"] = np.split(w.pop(f"qkv.{kind}"), [heads * D])
+    w = _q_apart(decoder, w)
     q = _linear(g, "q", w, g.node("GatherND", x, shared.row, batch_dims=1), at)
     q = _head_norm(g, decoder, "q", w, g.node("Reshape", q, g.ints(0, kv_heads, heads // kv_heads, D)), at)
     widths = g.ints(kv_heads * D, kv_heads * D)
@@ -334,8 +401,7 @@ def _feed_forward(g: Graph, decoder: Decoder, i: int, x: str, axes: list[str]) -
     else:
         operator = operator_name(activation.name, biased)
         hidden = g.node(operator, up, *bias, *learned, domain=bundle.DOMAIN, output=at + "hidden")
-    # Without its shape, the product that follows would not become a Gemm.
-    g.value_info.append(helper.make_tensor_value_info(hidden, TensorProto.FLOAT, [*axes, decoder.hidden]))
+    g.floats(hidden, *axes, decoder.hidden)
     return _linear(g, "down", w, hidden, at)
 
 
@@ -375,7 +441,21 @@ def _probabilities(g: Graph, logits: str) -> None:
     g.node("Concat", *entropies, axis=-1, output=bundle.ENTROPY_BITS)
 
 
-def _model(g: Graph, decoder: Decoder, flavor: Flavor, positions: Positions) -> onnx.ModelProto:
+def _cache_inputs(g: Graph, decoder: Decoder) -> list[onnx.ValueInfoProto]:
+    """Each with an initializer of its name, which makes feeding it optional."""
+    width = 2 * decoder.kv_heads * decoder.head_dim
+    g.weight(bundle.PAST, np.zeros((decoder.layers, 0, width), dtype=np.float32))
+    g.weight(bundle.PAST_SLOTS, np.zeros((1, 0), dtype=np.int64))
+    g.weight(bundle.PAST_LENGTHS, np.zeros(1, dtype=np.int64))
+    g.weight(bundle.ROWS, np.zeros(0, dtype=np.int64))
+    past = helper.make_tensor_value_info(bundle.PAST, TensorProto.FLOAT, [decoder.layers, "slots", width])
+    shapes: dict[str, list[str]] = {
+        bundle.PAST_SLOTS: ["cached_batch", "past"], bundle.PAST_LENGTHS: ["cached_batch"], bundle.ROWS: ["rows"],
+    }  # fmt: skip
+    return [past] + [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name, shape in shapes.items()]
+
+
+def _model(g: Graph, decoder: Decoder, flavor: Flavor, positions: Positions, cache: bool = False) -> onnx.ModelProto:
     V, ids, floats = decoder.vocab_size, TensorProto.INT64, TensorProto.FLOAT
     inputs = [helper.make_tensor_value_info(bundle.INPUT_IDS, ids, ["batch", "time"])]
     if positions == "all":
@@ -386,13 +466,26 @@ def _model(g: Graph, decoder: Decoder, flavor: Flavor, positions: Positions) -> 
             helper.make_tensor_value_info(bundle.TOP_K, ids, [1]),
         ]
         widths = {bundle.LOGITS: V, bundle.SOFTMAX: V, bundle.SIGMOID: V, bundle.MASS: 2, bundle.ENTROPY_BITS: 2}
-        outputs = [helper.make_tensor_value_info(name, floats, ["batch", width]) for name, width in widths.items()]
-        outputs.append(helper.make_tensor_value_info(bundle.TOP_IDS, ids, ["batch", "top"]))
+        rows = "asked" if cache else "batch"
+        outputs = [helper.make_tensor_value_info(name, floats, [rows, width]) for name, width in widths.items()]
+        outputs.append(helper.make_tensor_value_info(bundle.TOP_IDS, ids, [rows, "top"]))
+    functions = (
+        []
+        if _standard(decoder)
+        else [onnx_function(decoder.activation.name, trace(decoder.activation), _biased(decoder))]
+    )
+    if cache:
+        inputs += _cache_inputs(g, decoder)
+        width = 2 * decoder.kv_heads * decoder.head_dim
+        outputs.append(helper.make_tensor_value_info(bundle.PRESENT, floats, [decoder.layers, "tokens", width]))
+        normed = "q_norm.weight" in decoder.block(0)
+        functions += attention.functions(
+            decoder.heads, decoder.kv_heads, decoder.head_dim, decoder.rope is not None, normed
+        )
     graph = helper.make_graph(g.nodes, decoder.name, inputs, outputs, value_info=g.value_info)
-    activation = decoder.activation
     model = helper.make_model(
         graph,
-        functions=[] if _standard(decoder) else [onnx_function(activation.name, trace(activation), _biased(decoder))],
+        functions=functions,
         opset_imports=[
             helper.make_opsetid(domain, version)
             for domain, version in {"": bundle.OPSET, bundle.DOMAIN: 1, **({ORT: 1} if flavor == "ort" else {})}.items()

@@ -365,7 +365,7 @@ def _batches(prompts: list[NDArray[np.int64]]) -> list[list[NDArray[np.int64]]]:
     return batches
 
 
-def _feed(prompts: list[NDArray[np.int64]], top_k: int = 0) -> dict[str, NDArray[np.int64]]:
+def _feed(prompts: list[NDArray[np.int64]], top_k: int = 0) -> dict[str, NDArray[Any]]:
     ids = np.zeros((len(prompts), max(map(len, prompts))), dtype=np.int64)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -457,6 +457,34 @@ def _tables(reference: PreTrainedModel, T: int) -> dict[str, NDArray[np.float64]
     return dict(zip(("rope.cos", "rope.sin"), (t.numpy() for t in tables), strict=True))
 
 
+def check_cache(decoder: Decoder, run: Run, seed: int, bound: float) -> None:
+    """Prompts in two parts, the first one's keys and values out of a pool, against the same in one: within `bound`, as
+    max_rel; GateFailed names the first that is not."""
+    rng = np.random.default_rng(seed)
+    for prompts in _batches([prompt for prompt in _prompts(decoder, rng) if len(prompt) > 1]):
+        (whole,) = run([bundle.LOGITS], _feed(prompts))
+        cuts = [int(rng.integers(1, len(prompt))) for prompt in prompts]
+        (present,) = run([bundle.PRESENT], _feed([prompt[:cut] for prompt, cut in zip(prompts, cuts, strict=True)]))
+        # In a pool of more slots than are used, in any order; what stands elsewhere must not be read.
+        slots = rng.permutation(2 * sum(cuts))
+        pool = np.full((len(present), len(slots), present.shape[-1]), 1e3, dtype=np.float32)
+        pool[:, slots[: sum(cuts)]] = present
+        past_slots, used = np.zeros((len(cuts), max(cuts)), dtype=np.int64), 0
+        for row, cut in zip(past_slots, cuts, strict=True):
+            row[:cut], used = slots[used : used + cut], used + cut
+        feeds = _feed([prompt[cut:] for prompt, cut in zip(prompts, cuts, strict=True)])
+        feeds |= {bundle.PAST: pool, bundle.PAST_SLOTS: past_slots, bundle.PAST_LENGTHS: np.array(cuts)}
+        (parted,) = run([bundle.LOGITS], feeds)
+        errors = (np.abs(parted - whole) / np.abs(whole).max(axis=-1, keepdims=True)).max(axis=-1)
+        if not errors.max() <= bound:
+            at = int(errors.argmax())
+            raise GateFailed(
+                f"{decoder.name!r} misses parity: after a prompt of {len(prompts[at])} tokens (seed {seed}), of them "
+                f"{cuts[at]} cached, the logits differ from those without by {errors[at]:.2g} of the largest, "
+                f"allowed {bound:.2g}; {REPORT_IT}"
+            )
+
+
 def check_refused(model_path: str) -> None:
     """The CPU has no kernels of bfloat16: ONNX Runtime must find the file's types to fit, and say that and no more."""
     try:
@@ -504,6 +532,7 @@ def check(
     """
     written = onnx.load(model_path, load_external_data=False)
     function = _function(written, decoder.activation)
+    cached = any(value.name == bundle.PAST for value in written.graph.input)
     check_tables(decoder, reference, written, Path(model_path).parent)
     del written  # it is the size of the model
     if precision == "bf16":
@@ -529,6 +558,8 @@ def check(
         rounded = check_half(decoder, reference, runs, float_model, seed, precision)
     else:
         rounded = check_int8(decoder, reference, run, float_model, seed)
+    if cached:
+        check_cache(decoder, run, seed, rounded.bound)
     lengths = [len(prompt) for prompt in _prompts(decoder, np.random.default_rng(seed))]
     return bundle.Parity(
         max_abs=rounded.max_abs,

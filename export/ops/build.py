@@ -3,7 +3,7 @@
     registry --trace.py, cpp_functor.py--> functors.h -.
                                   native/*.cpp, *.cu --'--compiler--> libactuary_ops.so, library.json
 
-The compiler is called directly, some files at a time: six of them need no build system, and so one C++ compiler is
+The compiler is called directly, some files at a time: ten of them need no build system, and so one C++ compiler is
 all that a machine must have. nvcc, where it is, adds the CUDA half to the same library. What is built is remembered by
 a hash of everything that goes in, so that a second call only looks.
 """
@@ -230,9 +230,10 @@ def _compile(
     plain = [tools.compiler, *FLAGS, *(["-Werror"] if strict else []), f"-I{scratch}", f"-I{NATIVE}", *defines]
     vector = [*plain, *VECTOR_FLAGS, *(["-DACTUARY_LIBMVEC"] if libmvec else [])]
     jobs = {
-        f"vector-{name}": [*vector, *flags, f"-DACTUARY_ISA={name}", "-c", str(NATIVE / "vector.cpp")]
+        f"{loops}-{name}": [*vector, *flags, f"-DACTUARY_ISA={name}", "-c", str(NATIVE / f"{loops}.cpp")]
+        for loops in ("vector", "attention")
         for name, (_, flags, _) in levels.items()
-    } | {name: [*plain, "-c", str(NATIVE / f"{name}.cpp")] for name in ("op", "check", "cpu")}
+    } | {name: [*plain, "-c", str(NATIVE / f"{name}.cpp")] for name in ("op", "check", "cpu", "attention_op")}
     archs = _cuda_archs(tools.nvcc) if tools.nvcc else []
     if tools.nvcc:
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actuary import BadInput
 
-OPS_VERSION = 1  # of the operators' contract: names, inputs, types
+OPS_VERSION = 2  # of the operators' contract: names, inputs, types
 ORT_API = 24  # of ONNX Runtime's C interface that the library asks for (1.24 and newer have it)
 BINARY, RECORD = "libactuary_ops.so", "library.json"
 DEFAULT_FOLDER = Path("artifacts/ops")
@@ -117,13 +117,15 @@ def _reason(error: OSError | ValueError) -> str:
     return (error.strerror if isinstance(error, OSError) else "") or str(error)
 
 
-def register(options: Any, library: Library) -> None:
+def register(options: Any, library: Library, cuda: bool = False) -> None:
     """Give a session's options the fused operators; BadInput where ONNX Runtime does not take them.
 
     Args:
         options: an onnxruntime.SessionOptions on which they were not registered before.
+        cuda: whether the session's nodes go to CUDA: without those that have CPU kernels alone.
     """
     try:
+        _loaded(library).actuary_ops_structural(int(not cuda))
         options.register_custom_ops_library(str(library.path.resolve()))
     except Exception as error:  # onnxruntime raises its own classes, without a public base
         raise BadInput(f"ONNX Runtime does not load {library.path}: {error}; {REMEDY}") from error
@@ -152,4 +154,5 @@ def _loaded(library: Library) -> ctypes.CDLL:
     handle = ctypes.CDLL(str(library.path.resolve()))
     handle.actuary_ops_isa.restype = handle.actuary_ops_inputs.restype = ctypes.c_char_p
     handle.actuary_ops_use_isa.argtypes = [ctypes.c_char_p]
+    handle.actuary_ops_structural.argtypes, handle.actuary_ops_structural.restype = [ctypes.c_int], None
     return handle

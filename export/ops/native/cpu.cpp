@@ -95,11 +95,13 @@ void block(void* pointer, size_t index) {
 
 }  // namespace
 
+const Isa& running() { return *choice().isa; }
+
 ort::Status* compute_cpu(ort::Api api, const ort::Context* context, int activation, ort::ElementType type,
                          const Call& call) {
   const Activation& known = kActivations[activation];
   Work work{};
-  work.isa = choice().isa;
+  work.isa = &running();
   work.segment = work.isa->segments[activation][call.bias != nullptr];
   work.half = type == ort::kFloat16;
   work.gated = known.tensors == 2;

@@ -1,12 +1,14 @@
 // The operators of domain ai.actuary as ONNX Runtime sees them: NAME and biased_NAME of every activation, for float
 // and float16 on the CPU and, where nvcc was there, float, float16 and bfloat16 on CUDA. One exported symbol registers
 // them all.
+#include <atomic>
 #include <climits>
 #include <cstdio>
 #include <mutex>
 #include <vector>
 
 #include "activation.h"
+#include "attention.h"
 
 namespace actuary {
 
@@ -48,7 +50,8 @@ ort::Status* compute(void* kernel, ort::Context* context) {
   return compute_cpu(op.api, context, op.activation, op.type, call);
 }
 
-// y has x's shape, but H where x has 2H. Says nothing where x's shape is not known: then the rank reads 0.
+// y has x's shape, but H where x has 2H. Says nothing where x's shape is not known (the rank reads 0), or where one of its
+// dimensions is not, not even by name: ONNX Runtime would take all such for one size, and their memory for one.
 ort::Status* infer_shape(const ort::CustomOp* self, ort::ShapeContext* context) {
   const ort::Api api = op_of(self).api;
   ort::ShapeInfo *x = nullptr, *y = nullptr;
@@ -57,12 +60,15 @@ ort::Status* infer_shape(const ort::CustomOp* self, ort::ShapeContext* context) 
   if (auto* error = ort::infer_input(api, context, size_t{0}, &x)) return error;
   if (auto* error = ort::get_rank(api, x, &rank)) return error;
   if (rank == 0) return nullptr;
-  if (activation_of(self).tensors == 1) return ort::infer_output(api, context, size_t{0}, x);
-
   std::vector<int64_t> dims(rank);
   std::vector<const char*> symbols(rank);
   if (auto* error = ort::get_dims(api, x, dims.data(), rank)) return error;
   if (auto* error = ort::get_symbols(api, x, symbols.data(), rank)) return error;
+  for (size_t i = 0; i < rank; ++i) {
+    if (dims[i] < 0 && !*symbols[i]) return nullptr;
+  }
+  if (activation_of(self).tensors == 1) return ort::infer_output(api, context, size_t{0}, x);
+
   if (auto* error = ort::get_type(api, x, &type)) return error;
   dims.back() = dims.back() < 0 ? -1 : dims.back() / 2;
   symbols.back() = "";  // half of what was called 2H has no name
@@ -130,22 +136,29 @@ std::vector<Op> make_ops(ort::Api api) {
   return ops;
 }
 
-// One domain for all sessions of the process; it lives as long as the library.
-ort::Status* domain(ort::Api api, ort::Domain** out) {
+// Whether the next registration takes those that are no activation too. They have CPU kernels alone, which in a session
+// on CUDA would pull their work off the device.
+std::atomic<bool> with_structural{true};
+
+// One domain of each kind for all sessions of the process; it lives as long as the library.
+ort::Status* domain(ort::Api api, bool structural, ort::Domain** out) {
   static std::mutex one_at_a_time;
   static std::vector<Op> ops = make_ops(api);
-  static ort::Domain* made = nullptr;  // once it holds them all
+  static ort::Domain* made[2] = {};  // once it holds them all
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  if (!made) {
+  if (!made[structural]) {
     // Tried anew after a failure, for a status of its own: ONNX Runtime frees each that it is handed.
     ort::Domain* begun = nullptr;
     if (auto* error = ort::create_domain(api, ACTUARY_DOMAIN, &begun)) return error;
-    for (const Op& op : ops) {
-      if (auto* error = ort::add_op(api, begun, static_cast<const ort::CustomOp*>(&op))) return error;
+    std::vector<const ort::CustomOp*> all;
+    for (const Op& op : ops) all.push_back(&op);
+    if (structural) all.insert(all.end(), attention_ops(api).begin(), attention_ops(api).end());
+    for (const ort::CustomOp* op : all) {
+      if (auto* error = ort::add_op(api, begun, op)) return error;
     }
-    made = begun;
+    made[structural] = begun;
   }
-  *out = made;
+  *out = made[structural];
   return nullptr;
 }
 
@@ -158,6 +171,9 @@ ort::Status* domain(ort::Api api, ort::Domain** out) {
 ACTUARY_EXPORT int actuary_ops_version() { return ACTUARY_OPS_VERSION; }
 ACTUARY_EXPORT const char* actuary_ops_inputs() { return ACTUARY_INPUTS; }
 
+// For a session on CUDA 0, else 1; of the next RegisterCustomOps.
+ACTUARY_EXPORT void actuary_ops_structural(int wanted) { actuary::with_structural = wanted != 0; }
+
 ACTUARY_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
   const ort::Api api = base->get_api(ort::kOrtApi);
   if (!api) {
@@ -167,6 +183,6 @@ ACTUARY_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, cons
     return ort::create_status(base->get_api(1), ort::kFail, static_cast<const char*>(message));
   }
   ort::Domain* ours = nullptr;
-  if (auto* error = actuary::domain(api, &ours)) return error;
+  if (auto* error = actuary::domain(api, actuary::with_structural, &ours)) return error;
   return ort::add_domain(api, options, ours);
 }

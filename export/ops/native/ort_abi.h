@@ -23,7 +23,7 @@ struct KernelInfo;
 struct CustomOp;
 
 enum Code : int { kFail = 1, kInvalidArgument = 2 };
-enum ElementType : int { kFloat = 1, kFloat16 = 10, kBFloat16 = 16 };
+enum ElementType : int { kFloat = 1, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
 
 using Api = void* const*;  // OrtApi: a table of functions
 
@@ -50,6 +50,9 @@ ACTUARY_SLOT(60, get_type, const ShapeInfo*, int*)
 ACTUARY_SLOT(61, get_rank, const ShapeInfo*, size_t*)
 ACTUARY_SLOT(62, get_dims, const ShapeInfo*, int64_t*, size_t)
 ACTUARY_SLOT(63, get_symbols, const ShapeInfo*, const char**, size_t)
+ACTUARY_SLOT(85, attribute_float, const KernelInfo*, const char*, float*)
+ACTUARY_SLOT(86, attribute_int, const KernelInfo*, const char*, int64_t*)
+ACTUARY_SLOT(88, input_count, const Context*, size_t*)
 ACTUARY_SLOT(90, get_input, const Context*, size_t, const Value**)
 ACTUARY_SLOT(91, get_output, Context*, size_t, const int64_t*, size_t, Value**)
 ACTUARY_SLOT(193, gpu_stream, const Context*, void**)  // since 10

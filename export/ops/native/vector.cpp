@@ -94,7 +94,9 @@ const actuary::Segment kSegments[][2] = {ACTUARY_EVERY(ACTUARY_ROW)};
 
 #define ACTUARY_JOIN(a, b) a##b
 #define ACTUARY_TABLE(isa) ACTUARY_JOIN(isa_, isa)
+#define ACTUARY_ATTENTION(isa) ACTUARY_JOIN(attention_, isa)
 namespace actuary {
+extern const AttentionLoops ACTUARY_ATTENTION(ACTUARY_ISA);  // attention.cpp
 extern const Isa ACTUARY_TABLE(ACTUARY_ISA);
-const Isa ACTUARY_TABLE(ACTUARY_ISA) = {kSegments, to_float, to_half};
+const Isa ACTUARY_TABLE(ACTUARY_ISA) = {kSegments, to_float, to_half, &ACTUARY_ATTENTION(ACTUARY_ISA)};
 }  // namespace actuary
