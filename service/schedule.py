@@ -73,15 +73,16 @@ class Schedule:
             ready.sort(key=lambda sequence: abs(len(sequence.ids) - first))
         most = math.ceil(len(ready) / lanes)
         batch: Batch = []
-        tokens, rows = self._max_tokens, self._max_rows
+        tokens, rows, full = self._max_tokens, self._max_rows, False
         for sequence in ready:
             if len(batch) == most or tokens <= 0 or rows <= 0:
                 break
             if self.cache and not sequence.prefix:
                 if self._follows(sequence, self.cache):
                     continue
-                if not self._start(sequence, self.cache, tokens):
-                    break
+                if not self._start(sequence, self.cache, tokens, full):
+                    full = True  # the next free slots are for this one
+                    continue
             piece = sequence.piece(tokens, rows)
             cost = self._variant.tokens_of(piece)
             if batch and (cost > tokens or self._pads_too_much(batch, piece)):
@@ -124,11 +125,13 @@ class Schedule:
         sequence.leader = leader
         return True
 
-    def _start(self, sequence: Sequence, cache: PrefixCache, tokens: int) -> bool:
+    def _start(self, sequence: Sequence, cache: PrefixCache, tokens: int, full: bool) -> bool:
         """Take what the cache has of it, and slots for the rest; False where it has to wait for these."""
+        if full and sequence.job.reader:
+            return False
         prefix = cache.hold(sequence.ids[: sequence.asked])
         known = prefix.slots.size
-        slots = cache.take(sequence.job.tokens - known)
+        slots = None if full else cache.take(sequence.job.tokens - known)
         if slots is None:
             if sequence.job.reader or len(sequence.ids) - known > tokens:
                 cache.release(prefix)
