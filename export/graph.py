@@ -68,7 +68,7 @@ class Graph:
         return list(outputs)
 
     def weight(self, name: str, array: NDArray[Any]) -> str:
-        self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        self.initializers[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
         return name
 
     def ints(self, *values: int) -> str:
