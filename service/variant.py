@@ -138,7 +138,7 @@ class Variant:
         """B prompts of 1 to `context` ids each -> B rows, with K = top_k. Blocks; safe from any thread."""
         nowhere = np.empty(0, np.int64)
         pieces = [Piece(ids, nowhere, nowhere, 1) for ids in prompts]
-        return [rows.last for rows in self.compute(pieces, top_k, None, wide)]
+        return [rows.last for rows in self.compute(pieces, top_k, None, wide) if len(rows.logits)]
 
     def compute(
         self, pieces: Sequence[Piece], top_k: int, pool: NDArray[np.float32] | None = None, wide: bool = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -305,7 +304,10 @@ def mixes(draw: st.DrawFn) -> tuple[list[list[tuple[list[int], int | None, int]]
 def test_any_mix_is_torchs(model: Model, mix: tuple[list[list[tuple[list[int], int | None, int]]], dict[str, int]]):
     described, options = mix
     requests = [
-        [Job(model.variant, ids, 1) if first is None else generate(model, ids, most, first) for ids, first, most in each]
+        [
+            Job(model.variant, ids, 1) if first is None else generate(model, ids, most, first)
+            for ids, first, most in each
+        ]
         for each in described
     ]
     done, *_ = play(model, requests, **options)

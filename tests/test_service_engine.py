@@ -200,7 +200,7 @@ def test_a_reader_gets_every_row_in_order_though_they_are_too_many_for_a_batch()
         engine._caches = {variant: PrefixCache(1, CONTEXT, 1)}
         reader, ids = Counting(3, first=2, tokens=13), list(range(40, 53))
         await engine.run([Job(variant, ids, reader=reader, max_tokens=9)])
-        assert reader.seen == [(ids + [500, 501, 502])[:end] for end in range(3, 17)]
+        assert reader.seen == [[*ids, 500, 501, 502][:end] for end in range(3, 17)]
         assert lengths_of(log) == [[6], [4], [3], [1], [1], [1]]
 
     play(scene)
@@ -263,7 +263,9 @@ def test_a_full_queue_refuses_a_request_as_a_whole() -> None:
     play(scene, max_queue=4)
 
 
-@pytest.mark.parametrize(("priced", "price"), [({"max_queue_tokens": 100}, "tokens"), ({"max_queue_bytes": 5}, "bytes")])
+@pytest.mark.parametrize(
+    ("priced", "price"), [({"max_queue_tokens": 100}, "tokens"), ({"max_queue_bytes": 5}, "bytes")]
+)
 def test_the_queue_is_priced_in_tokens_and_in_memory(priced: dict[str, int], price: str) -> None:
     async def scene(engine: Engine, variant: Gated, log: Log) -> None:
         def jobs(count: int) -> list[Job]:
