@@ -179,9 +179,9 @@ class Engine:
             if not future.cancel() and not future.cancelled():
                 future.exception()  # another one's was raised, or will not be waited for
         sequence = waiter.sequence
+        sequence.waiters.remove(waiter)  # or each would keep the other, and the rows, until memory is searched
         if sequence not in self._unfinished:
             return
-        sequence.waiters.remove(waiter)
         self._waiting -= not sequence.begun
         if not sequence.begun or not (sequence.waiters or sequence.running):
             self.metrics.dropped(reason, 1)
@@ -300,9 +300,9 @@ def _compute(batch: Batch, schedule: Schedule, wide: bool) -> tuple[float, list[
     pieces = [piece for _, piece in batch]
     top_k = max(sequence.top_k for sequence, _ in batch)
     found = variant.compute(pieces, top_k, schedule.cache.pool if schedule.cache else None, wide)
-    given, asked = [len(rows.logits) for rows in found], [piece.rows for piece in pieces]
-    if given != asked:
-        raise ValueError(f"variant {variant.name!r} gives {given} rows where {asked} are asked")
+    for piece, rows in zip(pieces, found, strict=True):
+        if len(rows.logits) != piece.rows:
+            raise ValueError(f"variant {variant.name!r} gives {len(rows.logits)} rows where {piece.rows} are asked")
     answers = [_answer(sequence, rows) for (sequence, _), rows in zip(batch, found, strict=True)]
     return start, answers, perf_counter()
 

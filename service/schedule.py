@@ -159,8 +159,10 @@ class Schedule:
             del self._leaders[sequence.key]
         for follower in sequence.followers:
             follower.leader = None
-        self._waiting = sequence.followers | self._waiting  # they came before most
-        sequence.followers = {}
+        if sequence.followers:
+            both = sequence.followers | self._waiting
+            self._waiting = dict.fromkeys(sorted(both, key=lambda each: each.arrived))
+            sequence.followers = {}
 
     def _pads_too_much(self, batch: Batch, piece: Piece) -> bool:
         if self._variant.cached:

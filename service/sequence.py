@@ -97,6 +97,7 @@ class Sequence:
     top_k: int
     ids: list[int]
     asked: int  # the token after which the next row is wanted
+    arrived: float = field(default_factory=perf_counter)
     begun: bool = False  # it is or was in a batch
     running: bool = False  # it is in a batch
     started: float = 0.0  # when the first one was, by perf_counter

@@ -39,7 +39,8 @@ class Settings(BaseModel):
         1 << 19, ge=1, description="Tokens, of prompts and to be generated, that may wait or be in work."
     )
     max_queue_mb: int = Field(1024, ge=1, description="Memory of the probabilities that may wait or be in work.")
-    max_batch_tokens: int = Field(2048, ge=1, description="Tokens that are computed together.")
+    # At 14M parameters on one core: 330 ms for 1000 tokens by 16, 217 by 64, 193 by 256, 191 by 512, 217 by 2048.
+    max_batch_tokens: int = Field(512, ge=1, description="Tokens that are computed together.")
     cache_mb: int = Field(
         256,
         ge=0,

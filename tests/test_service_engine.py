@@ -383,7 +383,7 @@ def test_a_variant_that_gives_too_few_rows_fails_its_requests_only() -> None:
                 return [rows_of([1], 0) for _ in pieces]
 
         short = Short("short", log)
-        with pytest.raises(ValueError, match=r"'short' gives \[0, 0\] rows where \[1, 1\] are asked"):
+        with pytest.raises(ValueError, match="'short' gives 0 rows where 1 are asked"):
             await engine.run([job(short, 1), job(short, 1)])
         assert len(await engine.run([job(variant, 2)])) == 1
         assert engine.serving
