@@ -88,8 +88,8 @@ def test_manifest_says_what_the_file_is(bundles: Path):
         for i in (*model.graph.input, *model.graph.output)
     }
     assert shapes["input_ids"] == ["batch", "time"]
-    assert shapes["logits"] == ["batch", V]
-    assert shapes["top_ids"] == ["batch", "top"]
+    assert shapes["logits"] == ["asked", V]  # one row a prompt, and one for each of `rows`
+    assert shapes["top_ids"] == ["asked", "top"]
     weights = sum(np.prod(tensor.dims) for tensor in model.graph.initializer)
     assert weights >= manifest["parameters"]
 
@@ -98,10 +98,9 @@ def test_the_last_position_is_gathered_before_the_vocabulary(bundles: Path):
     """No product of the graph may have both a time axis and the vocabulary's width."""
     model = onnx.load(bundles / "gelu" / "model.onnx")
     order = [node.op_type for node in model.graph.node]
-    head = next(i for i, node in enumerate(model.graph.node) if "head.weight" in node.input)
-    assert order.index("GatherND") < head
-    domain_nodes = [i for i, node in enumerate(model.graph.node) if node.domain == bundle.DOMAIN]
-    assert order.index("GatherND") < domain_nodes[-1]  # the last block's FFN sees one row a prompt
+    reads = {name: i for i, node in enumerate(model.graph.node) for name in node.input}
+    gathered = order.index("CachedAttentionOfRows")
+    assert gathered < reads["blocks.1.up.weight"] < reads["head.weight"]  # the last block's FFN sees one row a prompt
 
 
 def test_a_batch_of_different_lengths_equals_each_alone(session, tiny_checkpoint):
@@ -208,7 +207,7 @@ def test_a_model_that_fails_the_gate_is_not_written_and_the_old_bundle_stays(tin
     monkeypatch.setattr(
         exporter,
         "build",
-        lambda decoder, *how: build(changed(decoder, {"head.bias": decoder.weights["head.bias"] + 1}), *how),
+        lambda decoder, *a, **k: build(changed(decoder, {"head.bias": decoder.weights["head.bias"] + 1}), *a, **k),
     )
     with pytest.raises(GateFailed):
         export_bundle(tiny_checkpoint("gelu"), tmp_path)

@@ -289,7 +289,7 @@ def copied(fused, folder: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"ops_version": 99}, "of version 99, where this is 1"),
+        ({"ops_version": 99}, f"of version 99, where this is {library.OPS_VERSION}"),
         ({"ort_api": 17}, "for ONNX Runtime's interface 17, where this is 24"),
         ({"machine": "sparc"}, "for the processor 'sparc', where this is"),
         ({"system": "darwin"}, "for the system 'darwin', where this is 'linux'"),
