@@ -9,9 +9,9 @@ import numpy as np
 
 from service.completions_schema import CompletionRequest
 from service.detokenizer import Detokenizer
+from service.engine import Rows
 from service.errors import ApiError
 from service.logprobs import Entries, Listing
-from service.recompute import Rows
 from service.sampling import Sampler, Sampling
 from service.stops import Stops
 from service.variant import Variant

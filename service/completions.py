@@ -18,6 +18,7 @@ from typing import Any
 from service.choice import Choice, Piece, Prompt, ends_of
 from service.completions_schema import CompletionRequest
 from service.detokenizer import Detokenizer
+from service.engine import Done, Engine, Job
 from service.errors import Invalid, shown
 from service.json_text import dumps
 from service.library import Library
@@ -31,7 +32,6 @@ from service.next_token import (
     check_length,
     here_or_in_a_thread,
 )
-from service.recompute import Done, Engine, Job
 from service.settings import Settings
 from service.variant import Variant
 

@@ -13,11 +13,11 @@ from starlette.types import Receive, Scope, Send
 from service.choice import Piece
 from service.completions import Completing, prepare, usage_of
 from service.completions_schema import CompletionRequest, StreamOptions
+from service.engine import Engine
 from service.errors import ApiError, defect, fields
 from service.json_text import dumps
 from service.library import Library
 from service.next_token import INLINE_ENTRIES, Answered, here_or_in_a_thread
-from service.recompute import Engine
 from service.settings import Settings
 
 log = logging.getLogger("actuary.service")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from service.recompute import Rows
+from service.engine import Rows
 from service.vocabulary import Vocabulary
 
 LEAST = -9999.0  # as vLLM; JSON has no infinity

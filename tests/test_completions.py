@@ -28,12 +28,12 @@ from service.app import create_app
 from service.completions import complete
 from service.completions_schema import CompletionAnswer, CompletionRequest
 from service.detokenizer import Detokenizer
+from service.engine import Done, Rows
 from service.errors import ApiError
 from service.events import EventStream, stream
 from service.json_text import dumps
 from service.library import Library
 from service.logprobs import Listing
-from service.recompute import Done, Rows
 from service.schema import ErrorAnswer
 from service.settings import Settings
 from service.stops import Stops

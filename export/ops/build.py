@@ -263,7 +263,8 @@ def _compile(
         f"int8-{name}": [*plain, *INT8_FLAGS, *flags, f"-DACTUARY_ISA={name}", "-c", str(NATIVE / "int8_loops.cpp")]
         for name, (_, flags, _) in int8_levels.items()
     }
-    jobs |= {name: [*plain, "-c", str(NATIVE / f"{name}.cpp")] for name in ("op", "check", "cpu", "attention_op", "int8_linear")}
+    once = ("op", "check", "cpu", "attention_op", "int8_linear")
+    jobs |= {name: [*plain, "-c", str(NATIVE / f"{name}.cpp")] for name in once}
     archs = _cuda_archs(tools.nvcc) if tools.nvcc else []
     if tools.nvcc:
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
