@@ -14,8 +14,12 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from service import assets, errors
+from service import assets, errors, recompute
+from service.completions import Events, completions
+from service.completions_schema import CompletionAnswer, CompletionRequest
 from service.engine import Engine
 from service.errors import ApiError
 from service.frame import Frame, unless_gone
@@ -173,10 +177,49 @@ async def post_score(asked: ScoreRequest, request: Request) -> Response:
     return _timed(request, await unless_gone(request, work))
 
 
-def _timed(request: Request, answered: Answered) -> Response:
+_STREAMED = {"text/event-stream": {"schema": {"type": "string"}, "example": "data: {...}\n\ndata: [DONE]\n\n"}}
+
+
+@v1.post(
+    "/completions",
+    response_model=CompletionAnswer,
+    responses={**_ERRORS, 200: {"content": _STREAMED, "description": "With stream true, events of the same shape."}},
+)
+async def post_completions(asked: CompletionRequest, request: Request) -> Response:
+    """What comes after each prompt, in OpenAI's shape with vLLM's additions; streamed or not."""
+    service = _named(request, [asked.model])
+    engine = recompute.Engine(service.engine)
+    work = completions(asked, service.library, engine, service.settings, request.state.request_id)
+    answered = await unless_gone(request, work)
+    return _EventStream(request, answered) if isinstance(answered, Events) else _timed(request, answered)
+
+
+class _EventStream(StreamingResponse):
+    """Ends the work of `events` whatever way it ends itself."""
+
+    def __init__(self, request: Request, events: Events) -> None:
+        headers = {"cache-control": "no-cache", "x-tokenize-ms": f"{1e3 * events.tokenize_s:.3f}"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._request = request
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._events.close()
+        if self._events.answered:
+            _count_stages(self._request, self._events.answered)
+
+
+def _count_stages(request: Request, answered: Answered) -> None:
     _service(request).metrics.stages(
         request.state.model, answered.tokenize_ms / 1e3, answered.queue_ms / 1e3, answered.infer_ms / 1e3
     )
+
+
+def _timed(request: Request, answered: Answered) -> Response:
+    _count_stages(request, answered)
     times = {
         "x-tokenize-ms": f"{answered.tokenize_ms:.3f}",
         "x-queue-ms": f"{answered.queue_ms:.3f}",
