@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections import Counter
@@ -13,14 +12,17 @@ from threading import local
 
 import httpx2 as httpx
 import psutil
+import pytest
 from conftest import serving
 
 N_REQUESTS = int(os.environ.get("MIXED_REQUESTS", "2000"))
 CALLERS = 8
-GROWTH = 0.02  # of what is resident after the first tenth, as promised of the long run
+# Of what is resident after the first tenth. 0.02 is promised of 100,000 requests; 2,000 end while allocators still settle
+# (0.009 to 0.016), and the answers alone, were they kept, would be 0.042.
+GROWTH = 0.02 if N_REQUESTS >= 100_000 else 0.025
 V, CONTEXT = 300, 32  # of the tiny bundles
 # Few: a tokenizer remembers up to 10,000 words of 300 bytes each, which random letters would fill for 24,000 requests.
-WORDS = ["if", " x", " is", " not", " é", "\n", " def", ":", "…"]
+WORDS = [" if", " x", " is", " not", " é", "\n", " def", ":", "…"]
 
 
 def ids(rng: random.Random, longest: int = 16) -> list[int]:
@@ -99,11 +101,9 @@ KINDS: dict[str, tuple[Callable[[httpx.Client, random.Random], int], set[int]]] 
 }
 
 
-def test_resident_memory_is_flat_over_mixed_requests(bundles: Path, record_property: Callable) -> None:
-    """2,000 requests are over before a slow leak would show: what grows with each answer does, a session or its logits.
-
-    The first tenth fills allocators, thread pools and caches.
-    """
+def test_resident_memory_is_flat_over_mixed_requests(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first tenth fills allocators, thread pools and, at its least size, the cache of keys and values."""
+    monkeypatch.setenv("ACTUARY_CACHE_MB", "1")
     callers, answered = local(), Counter()
 
     def ask(number: int) -> tuple[str, int]:
@@ -121,10 +121,9 @@ def test_resident_memory_is_flat_over_mixed_requests(bundles: Path, record_prope
             numbers = range(tenth * N_REQUESTS // 10, (tenth + 1) * N_REQUESTS // 10)
             answered.update(pool.map(ask, numbers))
             resident.append(process.memory_info().rss)
-        growth = resident[-1] / resident[0] - 1
         threads, files = process.num_threads(), process.num_fds()
-    figures = {"requests": N_REQUESTS, "resident_mb": [round(rss / 1e6, 1) for rss in resident], "growth": growth}
-    record_property("figures", json.dumps({**figures, "threads": threads, "files": files}))
-    print(figures, threads, files, dict(answered))
+    growth = resident[-1] / resident[0] - 1
+    figures = f"{growth:.2%} of {[round(rss / 1e6, 1) for rss in resident]} MB, {threads} threads, {files} files"
+    print(figures, dict(answered))
     assert set(KINDS) == {kind for kind, _ in answered}
     assert growth < GROWTH, figures
