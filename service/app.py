@@ -14,14 +14,13 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from service import assets, errors, recompute
-from service.completions import Events, completions
+from service.completions import complete
 from service.completions_schema import CompletionAnswer, CompletionRequest
 from service.engine import Engine
 from service.errors import ApiError
+from service.events import EventStream, stream
 from service.frame import Frame, unless_gone
 from service.inference_protocol import v2
 from service.library import Library, open_library
@@ -189,27 +188,11 @@ async def post_completions(asked: CompletionRequest, request: Request) -> Respon
     """What comes after each prompt, in OpenAI's shape with vLLM's additions; streamed or not."""
     service = _named(request, [asked.model])
     engine = recompute.Engine(service.engine)
-    work = completions(asked, service.library, engine, service.settings, request.state.request_id)
-    answered = await unless_gone(request, work)
-    return _EventStream(request, answered) if isinstance(answered, Events) else _timed(request, answered)
-
-
-class _EventStream(StreamingResponse):
-    """Ends the work of `events` whatever way it ends itself."""
-
-    def __init__(self, request: Request, events: Events) -> None:
-        headers = {"cache-control": "no-cache", "x-tokenize-ms": f"{1e3 * events.tokenize_s:.3f}"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._request = request
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._events.close()
-        if self._events.answered:
-            _count_stages(self._request, self._events.answered)
+    if not asked.stream:
+        work = complete(asked, service.library, engine, service.settings)
+        return _timed(request, await unless_gone(request, work))
+    begun = stream(asked, service.library, engine, service.settings, request.state.request_id)
+    return EventStream(await unless_gone(request, begun), lambda answered: _count_stages(request, answered))
 
 
 def _count_stages(request: Request, answered: Answered) -> None:

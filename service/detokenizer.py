@@ -5,10 +5,9 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from service.vocabulary import REPLACEMENT, Vocabulary
+from service.vocabulary import Vocabulary
 
-# Tokens before a text that its first ones may need: the bytes of a character (4 at most), a blank that a decoder drops
-# at the start of all text.
+# Tokens before a text that may matter to it: a character has 4 bytes at most, and a token at least one.
 BEFORE = 8
 
 
@@ -23,8 +22,7 @@ class Detokenizer:
     def __init__(self, vocabulary: Vocabulary, before: Sequence[int] = (), *, finish: bool = False) -> None:
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids: list[int] = []  # of a vocabulary that is not byte-level: a window
-        self._said = ""  # the text of the window, as far as it was given
+        self._last: list[int] = []  # the id before, if any
         for id_ in before[-BEFORE:]:
             self.feed(id_)
         self._owes = finish
@@ -32,30 +30,14 @@ class Detokenizer:
     def feed(self, id_: int) -> str:
         """The characters that `id_` completes."""
         self._owes = True
-        if self._vocabulary.byte_level:
-            return self._decoder.decode(self._vocabulary.bytes_of(id_))
-        return self._feed_window(id_)
+        before, self._last = self._last, [id_]
+        data = self._vocabulary.bytes_of(id_)
+        if data is not None:
+            return self._decoder.decode(data)
+        # Not alone: a decoder may drop the blank at the start of all text.
+        text = self._vocabulary.decode([*before, id_])[0]
+        return self.flush() + text[len(self._vocabulary.decode(before)[0]) :]
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that was never finished."""
-        if not self._owes:
-            return ""
-        if self._vocabulary.byte_level:
-            return self._decoder.decode(b"", final=True)
-        text, self._ids = self._text(), []
-        return text[len(self._said) :]
-
-    def _feed_window(self, id_: int) -> str:
-        """As text-generation-inference does it: what a window's text has gained, unless it ends within a character."""
-        self._ids.append(id_)
-        text = self._text()
-        unfinished = text.endswith(REPLACEMENT) and len(self._ids) < 2 * BEFORE
-        if unfinished or len(text) <= len(self._said):
-            return ""
-        piece = text[len(self._said) :]
-        self._ids = self._ids[-BEFORE // 2 :]
-        self._said = self._text()
-        return piece
-
-    def _text(self) -> str:
-        return self._vocabulary.decode(self._ids)[0]
+        return self._decoder.decode(b"", final=True) if self._owes else ""

@@ -67,20 +67,22 @@ class Vocabulary:
         other threads run meanwhile, where `decode` holds the GIL (tokenizers 0.23.3).
         """
         (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=False)
-        if REPLACEMENT not in text or not self.byte_level:
+        if REPLACEMENT not in text or not self._byte_level:
             return text, None
-        data = b"".join(map(self.bytes_of, ids))
+        data = b"".join(self.bytes_of(id_) or b"" for id_ in ids)
         return text, None if data == text.encode() else list(data)
 
     @cached_property
-    def byte_level(self) -> bool:
-        """Whether every token is known by its bytes."""
+    def _byte_level(self) -> bool:
         return isinstance(self._tokenizer.decoder, decoders.ByteLevel)
 
-    def bytes_of(self, id_: int) -> bytes:
-        """The bytes of one id of a byte-level vocabulary; none where it has no such id."""
-        token = self.token_of(id_)  # one that is no byte-level spelling stands for itself, as in the decoder
-        return bytes(_bytes_in(token) or token.encode())
+    def bytes_of(self, id_: int) -> bytes | None:
+        """The bytes that one id stands for; None where it stands for text, in a vocabulary that is not byte-level."""
+        token = self.token_of(id_)
+        if self._byte_level:  # one that is no byte-level spelling stands for itself, as in the decoder
+            return bytes(_bytes_in(token) or token.encode())
+        fallback = _BYTE_FALLBACK.fullmatch(token)
+        return bytes([int(fallback[1], 16)]) if fallback else None
 
     def around(self, text: str) -> tuple[int, int]:
         """How many tokens the tokenizer puts before `text` and after it."""
