@@ -14,8 +14,20 @@ MAX_STOPS = 64  # each token's text is looked through for each
 MAX_STOP_CHARACTERS = 256
 MAX_IDS = 1_024  # of logit_bias, stop_token_ids and logprob_token_ids; vLLM allows 1024 biases
 
-# What clients send and what changes nothing here: who asks, and how a queue that is not ours ranks it.
-IGNORED = ("user", "metadata", "priority", "request_id", "service_tier", "store", "cache_salt", "safety_identifier")
+# What clients send and what changes no token here: who asks, how to rank, and how many tokens a chunk may wait for.
+IGNORED = (
+    "user",
+    "metadata",
+    "priority",
+    "request_id",
+    "session_id",
+    "service_tier",
+    "store",
+    "cache_salt",
+    "safety_identifier",
+    "stream_interval",
+    "truncation_side",
+)
 # What others offer and we do not, with the values at which it changes nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
@@ -24,6 +36,10 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
     "spaces_between_special_tokens": (True, False),
     "truncate_prompt_tokens": (),
+    "watermarking": (False,),
+    "repetition_detection": (),
+    "kv_transfer_params": ({},),
+    "vllm_xargs": ({},),
     "prompt_logprobs": (),
     "prompt_embeds": (),
     "allowed_token_ids": (),

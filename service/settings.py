@@ -34,10 +34,13 @@ class Settings(BaseModel):
         default_factory=cores, ge=1, le=1024, description="Cores that all variants together compute on."
     )
     max_queue: int = Field(1024, ge=1, description="Prompts that may wait; one more is answered 429.")
-    max_prompts: int = Field(256, ge=1, description="Prompts times variants of one request.")
+    max_prompts: int = Field(256, ge=1, description="Prompts times variants, or choices, of one request.")
     max_batch_tokens: int = Field(2048, ge=1, description="Padded tokens that are computed together.")
     max_entries: int = Field(
-        65_536, ge=1, description="Tokens listed in an answer of several results, one may list all; ids of /detokenize."
+        65_536,
+        ge=1,
+        description="Tokens listed in an answer of several results, one may list all; log-probabilities listed in a "
+        "completion; ids of /detokenize.",
     )
     max_text_bytes: int = Field(
         1 << 18, ge=1, description="Longest text of /tokenize, which takes 100 bytes of memory per byte."

@@ -458,6 +458,46 @@ def test_a_character_that_a_prompt_of_ids_begins_is_finished_by_the_answer(
     assert scripted(client, [0], prompt=data[:3], max_tokens=0)[0]["text"] == ""
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_the_rows_of_a_prompt_may_come_in_pieces(client: TestClient, id_of_byte: dict[int, int], size: int) -> None:
+    """Before the last row of the prompt nothing is chosen, nor said."""
+    service = client.app.state.service
+    fields = {
+        "model": "gelu",
+        "prompt": [5, 6, 7, 8, 9],
+        "max_tokens": 2,
+        "temperature": 0,
+        "echo": True,
+        "logprobs": 2,
+    }
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(6, V)).astype(np.float32)
+    softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    rows = Rows(logits, softmax, softmax, np.argsort(-logits, axis=1), np.ones((6, 2)), np.ones((6, 2)))
+
+    class InPieces:
+        async def run(self, jobs: Sequence[Any]) -> list[Done]:
+            (job,) = jobs
+            assert job.reader.first == 0
+            for start in range(0, 5, size):
+                piece = slice(start, min(start + size, 5))
+                token = job.reader.read(Rows(*(column[piece] for column in vars(rows).values())))
+                assert (token is None) == (piece.stop < 5)
+            assert token == logits[4].argmax()
+            assert job.reader.read(Rows(*(column[5:] for column in vars(rows).values()))) is None
+            return [Done(None, 0, 0, 1)]
+
+    asked = CompletionRequest.model_validate(fields)
+    answered = asyncio.run(complete(asked, service.library, InPieces(), service.settings))
+    table = json.loads(answered.body)["choices"][0]["logprobs"]
+    tokens = [6, 7, 8, 9, int(logits[4].argmax()), int(logits[5].argmax())]
+    expected = np.log(softmax[np.arange(6), tokens])
+    assert table["token_logprobs"][1:] == pytest.approx(expected, abs=1e-5)
+    assert [len(top) for top in table["top_logprobs"][1:]] == [
+        2 + (t not in r[:2]) for t, r in zip(tokens, rows.top_ids, strict=True)
+    ]
+
+
 def test_usage_counts_each_prompt_once_and_every_generated_token(client: TestClient, id_of_byte) -> None:
     service = client.app.state.service
     tokens = [id_of_byte[byte] for byte in b"abEND"]
