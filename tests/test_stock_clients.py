@@ -27,7 +27,7 @@ CONTEXT = 128
 LOGPROB_BOUND = 1e-3  # of a sum over a choice's tokens, as promised
 TIE = 1e-4  # nearer log-probabilities may change places: two runs in float32 are within 1e-5 of each other
 N_TOKENS = 8
-PROMPTS = ["if x is", "def load(fp):", "naïve é", "return x"]
+PROMPTS = ["x = 1", "def load(fp):", "naïve é", "return x"]
 WORDS = ["not None", "naïve", "x", "the é of", "import json", "is", "self.", "(fp)", "0", "yield", "…", "or"]
 
 
@@ -71,15 +71,11 @@ class Reference:
 def checkpoint(tiny_checkpoint: Callable) -> Any:
     """Random weights that have something to say: as they are made, the likeliest token is the last one again."""
     made = tiny_checkpoint("swiglu", context=CONTEXT)
-    tokenizer = Tokenizer.from_str(made.tokenizer_json.decode())
-    alone = [tokenizer.decode([id_]) for id_ in range(made.model.config.vocab_size)]
     with torch.no_grad():
         for block in made.model.blocks:
             block.attention.out.weight *= 8
             block.ffn.down.weight *= 8
         made.model.norm.weight *= 4
-        # A byte that is no text alone is rare, as it is for trained weights.
-        made.model.head_bias -= 2 * torch.tensor([not (text.isascii() and text.isprintable()) for text in alone])
     return made
 
 

@@ -14,6 +14,7 @@ url, case = sys.argv[1], json.loads(sys.argv[2])
 PROMPTS, IDS = case["prompts"], case["ids"]
 GREEDY = {"model": "tiny", "max_tokens": case["n_tokens"], "temperature": 0}
 SAMPLED = {"model": "tiny", "max_tokens": case["n_tokens"], "temperature": 1.5, "top_p": 0.9, "n": 3, "seed": 7}
+SAMPLED["extra_body"] = {"ignore_eos": True}
 connection = {"base_url": f"{url}/v1", "api_key": "none", "max_retries": 0, "timeout": 60}
 client = openai.OpenAI(**connection)
 create = client.completions.create
