@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from export.exporter import export_bundle
 
 CLIENTS = Path(__file__).parent / "clients"
-# None of them clashes with its neighbour; langchain-core from 1.7.5 on asks for a certifi that came out a day before.
-LIGHT = ("openai==3.54.0", "langchain-openai==1.7.3")
+# Two environments, within which nothing clashes. A later langchain-core wants a certifi that the registry has not yet.
+LIGHT = ("openai==3.54.0", "langchain-openai==1.7.3", "langchain-core==1.7.2")
 HEAVY = ("lm_eval[api]==0.4.13", "guidellm==0.8.1", "faker==40.54.0")  # faker makes guidellm's prompts
 CONTEXT = 128
 LOGPROB_BOUND = 1e-3  # of a sum over a choice's tokens, as promised
