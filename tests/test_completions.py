@@ -7,6 +7,8 @@ tokens are these.
 from __future__ import annotations
 
 import asyncio
+import codecs
+import dataclasses
 import json
 import re
 import threading
@@ -29,6 +31,8 @@ from service.detokenizer import Detokenizer
 from service.errors import ApiError
 from service.events import EventStream, stream
 from service.json_text import dumps
+from service.library import Library
+from service.logprobs import Listing
 from service.recompute import Done, Rows
 from service.schema import ErrorAnswer
 from service.settings import Settings
@@ -243,6 +247,9 @@ def test_a_seed_repeats_alone_and_in_company(client: TestClient) -> None:
     alone = ask(client, **body | {"prompt": [5, 6, 7]}, seed=-7)["choices"]
     assert [choice["text"] for choice in alone] == texts[:3]
     assert one(client, **body | {"prompt": [5, 6, 7], "n": 1}, seed=-7)["text"] == texts[0]
+    twice = ask(client, **body | {"prompt": [[5, 6, 7]] * 2}, seed=-7)["choices"]
+    assert [choice["text"] for choice in twice[:3]] == texts[:3]
+    assert twice[3]["text"] not in texts[:3], "each prompt has draws of its own"
     assert [choice["text"] for choice in ask(client, **body, seed=8)["choices"]] != texts
     fresh = {one(client, prompt=[5, 6, 7], max_tokens=8)["text"] for _ in range(4)}
     assert len(fresh) > 1, "without a seed"
@@ -386,8 +393,12 @@ def test_text_is_the_bytes_up_to_the_stop_and_streams_to_the_same(
         assert not any("\ufffd" in chunk["choices"][0]["text"] for chunk in chunks)
     table = choice["logprobs"]
     assert len({len(column) for column in table.values()}) == 1
-    assert all(offset <= len(shown) for offset in table["text_offset"])
-    assert table["text_offset"] == sorted(table["text_offset"])
+    generated = table["text_offset"][len(client.app.state.service.library.variants["gelu"].vocabulary.encode("if é")) :]
+    before = [len(codecs.utf_8_decode(data[:at], "replace", False)[0]) for at in range(len(data))]
+    if not echo:
+        generated = table["text_offset"]
+    start = len("if é") if echo else 0
+    assert generated == [min(start + at, len(shown)) for at in before[: len(generated)]]
 
 
 def test_each_character_comes_with_its_last_byte(client: TestClient, id_of_byte: dict[int, int]) -> None:
@@ -409,6 +420,13 @@ def test_a_stop_is_kept_back_until_it_is_none(client: TestClient, id_of_byte: di
     choice, chunks = scripted(client, [id_of_byte[byte] for byte in b"xEN"], stop="END")
     assert [chunk["choices"][0]["text"] for chunk in chunks] == ["x", "", "EN"]
     assert choice["finish_reason"] == "length"
+
+
+def test_an_entry_comes_when_its_place_in_the_text_is_known(client: TestClient, id_of_byte: dict[int, int]) -> None:
+    choice, chunks = scripted(client, [id_of_byte[byte] for byte in b"xENyEND!"], stop=["END"], logprobs=0)
+    tokens = [chunk["choices"][0]["logprobs"]["tokens"] for chunk in chunks]
+    assert tokens == [["x"], ["E"], [], ["N", "y"], ["E"], [], ["N", "D"]]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3, 4, 4, 4]
 
 
 def test_what_is_cut_off_has_its_place_at_the_texts_end(client: TestClient, id_of_byte: dict[int, int]) -> None:
@@ -649,6 +667,41 @@ def test_other_decoders_keep_blanks_and_characters_too(sentencepiece: Vocabulary
     assert said + after == whole, "nothing is left"
     assert sentencepiece.around(text) == (1, 0)
     assert sentencepiece.eos_id == 2
+
+
+def test_two_tokens_of_one_text_keep_apart(sentencepiece: Vocabulary) -> None:
+    a, blank_a = sentencepiece.encode("aa", special_tokens=False)[1], sentencepiece.encode("a", special_tokens=False)[0]
+    assert a != blank_a
+    rows = rows_for([a])
+    for own, other in ((a, blank_a), (blank_a, a)):
+        entries = Listing(sentencepiece, 1, [a, blank_a, 299], as_ids=False).entries(rows, slice(None), [own], [0])
+        assert entries.tokens == ["a"]
+        (top,) = entries.top_logprobs
+        assert list(top) == ["a", f"token_id:{other}", "token_id:299"], "299 is no token of the tokenizer's"
+        assert top["a"] == entries.token_logprobs[0]
+        assert (top["a"] > top[f"token_id:{other}"]) == (own == a)
+
+
+def test_what_the_tokenizer_puts_before_a_prompt_has_no_text(client: TestClient, sentencepiece: Vocabulary) -> None:
+    service = client.app.state.service
+    variant = dataclasses.replace(service.library.variants["gelu"], vocabulary=sentencepiece)
+    library = Library({"gelu": variant}, (), ())
+    said = sentencepiece.encode("b a😀", special_tokens=False)[1:]
+
+    def scored(**body: object) -> dict[str, Any]:
+        fields = {"model": "gelu", "temperature": 0, "max_tokens": len(said), "echo": True, "logprobs": 0, **body}
+        asked = CompletionRequest.model_validate(fields)
+        return json.loads(asyncio.run(complete(asked, library, Script(said), service.settings)).body)["choices"][0]
+
+    by_text = scored(prompt="ab b")
+    assert by_text["text"] == "ab bb a😀"
+    prompt_tokens = 1 + len(sentencepiece.encode("ab b", special_tokens=False))
+    assert by_text["logprobs"]["text_offset"][:2] == [0, 0]
+    assert by_text["logprobs"]["tokens"][0] == "<s>"
+    assert by_text["logprobs"]["text_offset"][prompt_tokens:] == [4, 5, 7, 7, 7, 7]
+    by_ids = scored(prompt=sentencepiece.encode("ab b"))
+    assert by_ids["text"] == "<s> ab bb a😀", "of ids all is shown"
+    assert scored(prompt="ab b", add_special_tokens=False)["text"] == by_text["text"]
 
 
 def test_bytes_of_no_character_leave_their_neighbours_alone(sentencepiece: Vocabulary) -> None:
