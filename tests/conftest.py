@@ -130,28 +130,34 @@ def server_url(bundles: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def client_python(pytestconfig: pytest.Config) -> Callable[[str], Path]:
-    """`client_python("kserve==1.2.3")`: the Python of an environment that holds that package and nothing of ours.
+def client_python(pytestconfig: pytest.Config) -> Callable[..., Path]:
+    """`client_python("kserve==1.2.3")`: the Python of an environment that holds these packages and nothing of ours.
 
-    It is kept in pytest's cache. Skips where the package registry does not answer.
+    With `torch=True` it sees the packages of this environment beneath its own, since what needs torch would download
+    another of up to 3 GB. It is kept in pytest's cache. Skips where the package registry does not answer.
     """
     import fcntl
     import hashlib
     import shutil
+    import sysconfig
     import venv
 
     cache = pytestconfig.cache.mkdir("client_python")
 
-    def make(requirement: str) -> Path:
-        folder = cache / hashlib.sha256(f"{sys.version} {sys.prefix} {requirement}".encode()).hexdigest()[:16]
+    def make(*requirements: str, torch: bool = False) -> Path:
+        key = f"{sys.version} {sys.prefix} {torch} {' '.join(requirements)}"
+        folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
         python, complete = folder / "bin" / "python", folder / "complete"
         with (cache / f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not complete.exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 venv.create(folder, symlinks=True)
+                if torch:  # pip finds what is there, and where it wants another version installs it in `folder`
+                    [packages] = folder.glob("lib/*/site-packages")
+                    (packages / "beneath.pth").write_text(sysconfig.get_path("purelib") + "\n")
                 # Not compiling what is never imported halves the time.
-                install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-compile", requirement]
+                install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-compile", *requirements]
                 done = subprocess.run([sys.executable, *install], capture_output=True, text=True, timeout=600)
                 if done.returncode and "Retrying (" in done.stderr:
                     pytest.skip(f"no package registry: {done.stderr.strip().splitlines()[-1]}")

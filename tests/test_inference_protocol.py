@@ -664,7 +664,7 @@ STOCK_PROMPTS = [[5, 6, 7], [8, 9]]
 def test_stock_clients_work_unmodified(
     server_url: str,
     bound: float,
-    client_python: Callable[[str], Path],
+    client_python: Callable[..., Path],
     package: str,
     script: str,
     scheme: str,
