@@ -34,7 +34,7 @@ class Settings(BaseModel):
         default_factory=cores, ge=1, le=1024, description="Cores that all variants together compute on."
     )
     max_queue: int = Field(1024, ge=1, description="Prompts that may wait; one more is answered 429.")
-    max_prompts: int = Field(256, ge=1, description="Prompts times variants of one request.")
+    max_prompts: int = Field(256, ge=1, description="Prompts times variants, or choices, of one request.")
     max_queue_tokens: int = Field(
         1 << 19, ge=1, description="Tokens, of prompts and to be generated, that may wait or be in work."
     )
@@ -48,7 +48,10 @@ class Settings(BaseModel):
         "that generating computes all again for each token.",
     )
     max_entries: int = Field(
-        65_536, ge=1, description="Tokens listed in an answer of several results, one may list all; ids of /detokenize."
+        65_536,
+        ge=1,
+        description="Tokens listed in an answer of several results, one may list all; log-probabilities listed in a "
+        "completion; ids of /detokenize.",
     )
     max_text_bytes: int = Field(
         1 << 18, ge=1, description="Longest text of /tokenize, which takes 100 bytes of memory per byte."

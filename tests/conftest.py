@@ -73,6 +73,21 @@ def fused(tmp_path_factory: pytest.TempPathFactory):
             pytest.skip(str(error))
 
 
+@pytest.fixture
+def isa(request: pytest.FixtureRequest, fused):
+    """Runs one instruction set's loops, and puts back what ran before."""
+    from actuary import BadInput
+    from export.ops import library
+
+    before = library.running_isa(fused)
+    try:
+        library.use_isa(fused, request.param)
+    except BadInput as error:
+        pytest.skip(str(error))
+    yield request.param
+    library.use_isa(fused, before)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

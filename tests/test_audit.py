@@ -62,8 +62,8 @@ def kinds(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable) -
 KINDS = ("swiglu-ort", "swiglu-portable", "swiglu-int8", "swiglu-fp16", "solu", "one-layer", "llama", "gpt2")
 
 
-def inspected(folder: Path, ops: Path = NOWHERE) -> Inspection:
-    return inspect_bundle(folder, read_manifest(folder), "cpu", ops)
+def inspected(folder: Path, ops: Path = NOWHERE, loaded: bool = True) -> Inspection:
+    return inspect_bundle(folder, read_manifest(folder), "cpu", ops, loaded)
 
 
 def changed(folder: Path, to: Path, change: Callable[[onnx.ModelProto], object] = id, **manifest: object) -> Path:
@@ -152,9 +152,11 @@ def test_floating_point_work_is_what_reads_floats_when_it_runs(kinds: Path, name
     assert {"Shape", "Range", "Greater"} <= {n.op_type for n in file.nodes if not ours[n.name]}
 
 
-def test_what_was_made_of_floats_counts_as_floating_point_work(kinds: Path):
+def test_what_was_made_of_floats_counts_as_floating_point_work(kinds: Path, tmp_path: Path):
     """An integer product is no shape arithmetic."""
-    file = onnx_file.read(kinds / "swiglu-int8" / bundle.MODEL)
+    inlined = onnx.inliner.inline_local_functions(onnx.load(kinds / "swiglu-int8" / bundle.MODEL))
+    onnx.save(inlined, tmp_path / bundle.MODEL)
+    file = onnx_file.read(tmp_path / bundle.MODEL)
     products = [node for node in file.nodes if node.op_type == "MatMulInteger"]
     assert products
     assert all(map(file.works_on_floats, products))
@@ -178,10 +180,9 @@ def test_what_is_no_model_is_refused(kinds: Path, tmp_path: Path):
 def test_the_audit_lists_the_nodes_that_run(kinds: Path, fused: library.Library, name: str):
     for ops in (None, fused.path.parent):
         found = inspected(kinds / name, ops or NOWHERE)
-        registered = ops if not found.unfused else None
         ran = Counter(
             (event["args"]["op_name"], event["args"]["provider"])
-            for event in profiled(kinds / name / bundle.MODEL, registered)
+            for event in profiled(kinds / name / bundle.MODEL, ops)
         )
         assert Counter((node.op_type, node.provider) for node in found.audit.nodes) == ran
         assert found.audit.counts == {CPU: ran.total()}
@@ -190,13 +191,37 @@ def test_the_audit_lists_the_nodes_that_run(kinds: Path, fused: library.Library,
 
 @pytest.mark.parametrize("name", ["swiglu-ort", "swiglu-portable", "swiglu-int8", "swiglu-fp16", "one-layer"])
 def test_an_activation_is_fused_where_its_kernel_is_and_inlined_where_not(kinds: Path, fused: library.Library, name):
-    folder, blocks = kinds / name, read_manifest(kinds / name).layers
+    folder, manifest = kinds / name, read_manifest(kinds / name)
+    blocks = manifest.layers
     for ops, runs in ((fused.path.parent, "fused"), (NOWHERE, "inlined")):
         found = inspected(folder, ops)
         assert found.audit.activation == runs
         assert bool(found.unfused) == (runs == "inlined")
-        ours = [node for node in found.audit.nodes if node.domain == bundle.DOMAIN]
-        assert len(ours) == (blocks if runs == "fused" else 0)
+        ours = Counter(node.op_type for node in found.audit.nodes if node.domain == bundle.DOMAIN)
+        products = ours.pop("Int8Linear", 0)
+        assert ours == ({manifest.activation: blocks} if runs == "fused" else {})
+        # qkv, of the last block q and kv; out, up, down; and the head
+        assert products == (4 * blocks + 2 if runs == "fused" and "int8" in name else 0)
+
+
+def test_int8_products_run_fused_where_the_activation_never_does(
+    fused: library.Library, tmp_path: Path, tiny_checkpoint: Callable
+):
+    """The library is registered for them alone; and not where it has another formula of the activation."""
+    folder, _ = export_bundle(tiny_checkpoint("solu"), tmp_path, precision="int8")
+    found = inspected(folder, fused.path.parent)
+    assert found.audit.activation == "inlined"
+    assert sum(node.op_type == "Int8Linear" for node in found.audit.nodes) == 10
+    opened = Runtime("cpu", 1, fused.path.parent).open(folder / bundle.MODEL, read_manifest(folder).activation_info)
+    assert (
+        audit.audit(opened, onnx_file.read(folder / bundle.MODEL), "int8").nodes
+        == inspected(folder, fused.path.parent, loaded=False).audit.nodes
+    )
+    assert fused.fits("solu", "any", cuda=False)
+    assert fused.fits("gelu", fused.activations["gelu"], cuda=False)
+    assert not fused.fits("gelu", "another", cuda=False)
+    assert not fused.fits("gelu", "", cuda=False)
+    assert not fused.fits("solu", "any", cuda=True)
 
 
 def test_an_activation_over_the_hidden_axis_is_never_fused(kinds: Path, fused: library.Library):
@@ -534,16 +559,18 @@ def test_grouped_queries_and_biases_show(kinds: Path):
     assert gpt2["ffn_norm"] == "SkipLayerNormalization"
 
 
-def test_flavours_and_precisions_show(kinds: Path):
+def test_flavours_and_precisions_show(kinds: Path, fused: library.Library):
     ort, portable, int8 = (
-        rows(draw_block(inspected(kinds / f"swiglu-{kind}"), read_manifest(kinds / f"swiglu-{kind}")))
+        rows(
+            draw_block(inspected(kinds / f"swiglu-{kind}", fused.path.parent), read_manifest(kinds / f"swiglu-{kind}"))
+        )
         for kind in ("ort", "portable", "int8")
     )
     assert "GroupQueryAttention" in ort["attention"]
     assert "Softmax" in portable["attention"]
     assert ort["ffn_norm"] == "SkipSimplifiedLayerNormalization"
     assert portable["ffn_norm"] == "SimplifiedLayerNormalization"
-    assert int8["up"].startswith("DynamicQuantizeMatMul [32x")
+    assert int8["up"] == f"{bundle.DOMAIN}::Int8Linear [32x176]"
     solu = rows(draw_block(inspected(kinds / "solu"), read_manifest(kinds / "solu")))["solu"]
     assert solu.startswith("inlined: Softmax, Mul")
 
