@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from actuary import BadInput
 from export import bundle, onnx_file
-from export.audit import RUNS, Audit, audit, check_file, check_placement
+from export.audit import CPU, RUNS, Audit, audit, check_file, check_placement
 from export.bundle import Manifest
 from service.runtime import Runtime
 from service.vocabulary import Vocabulary
@@ -113,16 +113,19 @@ class Variant:
         return ROW_BYTES * self.manifest.vocab_size
 
     @functools.cached_property
-    def cached(self) -> bool:
-        """Whether the graph computes packed tokens after those of a pool, and gives several rows of a prompt."""
-        return self.pool_shape is not None
+    def _past(self) -> Any:
+        """The graph's input for its pool; None where it has none."""
+        return next((value for value in self.session.get_overridable_initializers() if value.name == bundle.PAST), None)
 
     @functools.cached_property
+    def cached(self) -> bool:
+        """Whether the graph computes packed tokens after those of a pool, and gives several rows of a prompt."""
+        return self._past is not None
+
+    @property
     def pool_shape(self) -> tuple[int, int] | None:
-        """L and W of its pool [L, S, W]; None where the graph has no cache."""
-        inputs = (*self.session.get_inputs(), *self.session.get_overridable_initializers())
-        shape = next((value.shape for value in inputs if value.name == bundle.PAST), None)
-        return None if shape is None else (shape[0], shape[2])
+        """L and W of its pool [L, S, W]; None where it has none, or would have to be copied to a device each time."""
+        return (self._past.shape[0], self._past.shape[2]) if self.cached and self.provider == CPU else None
 
     def faster_wide(self, tokens: int) -> bool:
         """Whether a batch of so many tokens, where it is alone, is faster on all cores."""
