@@ -163,7 +163,10 @@ class _Graph:
         return (self.behind(start) & self._reached(end, self.before)) - start - end
 
     def meeting(self, start: set[int], end: set[int]) -> tuple[int, str]:
-        """The node on the way from `start` to `end` where another tensor is added first, and that tensor."""
+        """The node from `start` to `end` where another tensor is added first, and that tensor."""
+        for i in start:
+            if self.nodes[i].op_type == "Int8LinearAdd":  # adds its last input itself
+                return i, self.nodes[i].inputs[-1]
         behind = self.behind(start) | start
         on_the_way = (self.between(start, end) | end) - start
         for i in sorted(on_the_way, key=lambda i: len(self._reached([i], self.before))):
@@ -214,10 +217,15 @@ def draw_block(found: Inspection, manifest: Manifest) -> str:
     }
     texts = {label: _operators(found.graph, nodes, at) for label, nodes in where.items()}
     texts[manifest.activation] = f"{runs}: {texts[manifest.activation] or 'within ' + texts['up']}"
-    if add1 in norm2:
-        texts["+"] = "within ffn_norm's operator"
-    if add2 in end:
-        texts["+ "] = "within the next norm's operator"
+    if norm2 <= up:
+        texts["ffn_norm"] = "within up's operator"
+    for label, add, operators in (
+        ("+", add1, {"out": out, "ffn_norm": norm2}),
+        ("+ ", add2, {"down": down, "the next norm": end}),
+    ):
+        for name, nodes in operators.items():
+            if add in nodes:
+                texts[label] = f"within {name}'s operator"
     stream = f"x [B, T, {manifest.dim}]"
     width = max(map(len, where))
     room = WIDTH - len("  |   |     ") - width - len("  CPU+CUDA")

@@ -28,6 +28,7 @@ from export.exporter import Checkpoint, export_bundle
 from export.graph import ORT
 from export.inspection import NO_BLOCK, WIDTH, Inspection, draw_block, in_a_line, inspect_bundle
 from export.ops import library
+from export.ops.int8_function import FORMS
 from service.app import create_app
 from service.runtime import Runtime
 from service.settings import Settings
@@ -198,7 +199,7 @@ def test_an_activation_is_fused_where_its_kernel_is_and_inlined_where_not(kinds:
         assert found.audit.activation == runs
         assert bool(found.unfused) == (runs == "inlined")
         ours = Counter(node.op_type for node in found.audit.nodes if node.domain == bundle.DOMAIN)
-        products = ours.pop("Int8Linear", 0)
+        products = sum(ours.pop(name, 0) for name in FORMS)
         assert ours == ({manifest.activation: blocks} if runs == "fused" else {})
         # qkv, of the last block q and kv; out, up, down; and the head
         assert products == (4 * blocks + 2 if runs == "fused" and "int8" in name else 0)
@@ -211,7 +212,7 @@ def test_int8_products_run_fused_where_the_activation_never_does(
     folder, _ = export_bundle(tiny_checkpoint("solu"), tmp_path, precision="int8")
     found = inspected(folder, fused.path.parent)
     assert found.audit.activation == "inlined"
-    assert sum(node.op_type == "Int8Linear" for node in found.audit.nodes) == 10
+    assert sum(node.op_type in FORMS for node in found.audit.nodes) == 10
     opened = Runtime("cpu", 1, fused.path.parent).open(folder / bundle.MODEL, read_manifest(folder).activation_info)
     assert (
         audit.audit(opened, onnx_file.read(folder / bundle.MODEL), "int8").nodes
@@ -570,7 +571,7 @@ def test_flavours_and_precisions_show(kinds: Path, fused: library.Library):
     assert "Softmax" in portable["attention"]
     assert ort["ffn_norm"] == "SkipSimplifiedLayerNormalization"
     assert portable["ffn_norm"] == "SimplifiedLayerNormalization"
-    assert int8["up"] == f"{bundle.DOMAIN}::Int8Linear [32x176]"
+    assert int8["up"] == f"{bundle.DOMAIN}::RmsNormInt8Linear [32x176]"
     solu = rows(draw_block(inspected(kinds / "solu"), read_manifest(kinds / "solu")))["solu"]
     assert solu.startswith("inlined: Softmax, Mul")
 
