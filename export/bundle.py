@@ -20,8 +20,9 @@ OPSET = 20  # the newest at which every operator that we emit still has its CUDA
 DOMAIN = "ai.actuary"  # of our own operators
 # Those of them that are no activation.
 STRUCTURAL = (
-    "CachedAttention", "CachedAttentionOfRows", "Int8Linear", "Int8LinearAdd", "RmsNormInt8Linear", "LayerNormInt8Linear",
-)  # fmt: skip
+    *("CachedAttention", "CachedAttentionOfRows"),
+    *("Int8Linear", "Int8LinearAdd", "RmsNormInt8Linear", "LayerNormInt8Linear"),
+)
 
 MODEL, TOKENIZER, MANIFEST = "model.onnx", "tokenizer.json", "manifest.json"
 CATALOGUE = "activations.json"  # beside the bundles: every activation of the registry that exported them
