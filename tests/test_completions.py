@@ -759,8 +759,8 @@ def test_streamed_is_what_is_answered(client: TestClient, prompt, max_tokens, **
             for top, its in zip(one_run["top_logprobs"], other["top_logprobs"], strict=True):
                 assert (top is None) == (its is None)
                 assert top is None or sorted(top.values()) == pytest.approx(sorted(its.values()), abs=1e-4)
-    cached = [usage.pop("prompt_tokens_details")["cached_tokens"] for usage in (answer["usage"], last["usage"])]
-    assert cached[0] <= cached[1] < last["usage"]["prompt_tokens"], "the second finds what the first computed"
+    for usage in (last["usage"], answer["usage"]):  # the second may find the first one's keys and values
+        assert usage.pop("prompt_tokens_details")["cached_tokens"] <= usage["prompt_tokens"]
     assert last["usage"] == answer["usage"]
     assert all(part["usage"] is None for part in parts)
 
