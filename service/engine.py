@@ -101,10 +101,12 @@ class Engine:
         self._admit(len(jobs), tokens, size)
         self._tokens += tokens
         self._bytes += size
-        mine = [self._enter(job) for job in jobs]
-        self._wake.set()
+        mine: list[Waiter] = []
         reason = "failed"
         try:
+            for job in jobs:
+                mine.append(self._enter(job))
+            self._wake.set()
             async with asyncio.timeout(self._timeout_s):
                 await asyncio.gather(*(waiter.first for waiter in mine))
             return await asyncio.gather(*(waiter.result for waiter in mine))
@@ -311,7 +313,7 @@ def _answer(sequence: Sequence, rows: Rows) -> Answer:
     reader = sequence.job.reader
     if reader is None:
         return rows.last if len(rows.logits) else None
-    if sequence.left or not len(rows.logits):
+    if not len(rows.logits):
         return None
     try:
         token = reader.read(rows.top(reader.top_k))

@@ -22,6 +22,7 @@ from service.variant import Variant
 
 Slots = NDArray[np.int64]
 FLOAT_BYTES = 4
+MAX_CONTEXTS = 256  # more find hardly more, and the process would grow for longer before it settles
 
 
 @dataclass(eq=False)
@@ -178,16 +179,17 @@ class PrefixCache:
 def prefix_caches(variants: Collection[Variant], size: int) -> dict[Variant, PrefixCache]:
     """A cache for each variant that can have one, all of `size` bytes in total; none where that is 0.
 
-    A whole context has to fit into each, so that it may come to more.
+    A whole context has to fit into each, so that it may come to more; a small model's has MAX_CONTEXTS.
     """
     shapes = {variant: variant.pool_shape for variant in variants if variant.pool_shape}
     if not size or not shapes:
         return {}
-    each = size // len(shapes)
-    return {
-        variant: PrefixCache(layers, max(variant.context, each // (FLOAT_BYTES * layers * width)), width)
-        for variant, (layers, width) in shapes.items()
-    }
+    caches = {}
+    for variant, (layers, width) in shapes.items():
+        slots = size // len(shapes) // (FLOAT_BYTES * layers * width)
+        slots = max(variant.context, min(slots, MAX_CONTEXTS * variant.context))
+        caches[variant] = PrefixCache(layers, slots, width)
+    return caches
 
 
 def _common(some: Sequence[int], others: Sequence[int]) -> int:

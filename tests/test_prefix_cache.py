@@ -97,7 +97,7 @@ class Shape:
         self.pool_shape, self.context = pool_shape, context
 
 
-@pytest.mark.parametrize(("size", "slots"), [(0, []), (1 << 20, [64, 2048]), (100, [10, 20])])
+@pytest.mark.parametrize(("size", "slots"), [(0, []), (1 << 20, [64, 2048]), (100, [10, 20]), (1 << 30, [2560, 5120])])
 def test_the_memory_is_shared_out(size: int, slots: list[int]) -> None:
     """A MiB in halves: of 4 * 2 * 1024 and of 4 * 4 * 16 bytes a token; at least a context of each."""
     variants = [Shape((2, 1024), 10), Shape(None, 10), Shape((4, 16), 20)]

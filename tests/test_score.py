@@ -28,7 +28,8 @@ small = settings(max_examples=100, deadline=None)
 
 @pytest.fixture(scope="module")
 def client(bundles: Path) -> Iterator[TestClient]:
-    limits = {"max_prompts": 64, "max_entries": 2_000, "max_body_bytes": 20_000}
+    """Without a cache, so that the same batch gives the same floats however often."""
+    limits = {"max_prompts": 64, "max_entries": 2_000, "max_body_bytes": 20_000, "cache_mb": 0}
     app = create_app(Settings(bundles=bundles, provider="cpu", threads=1, **limits))
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
@@ -79,12 +80,11 @@ def test_the_answer_has_the_promised_shape(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("model", ["gelu", "swiglu", "gelu-sigmoid-head"])
-def test_scores_are_the_probabilities_over_the_vocabulary(bundles: Path, model: str) -> None:
-    """One item at a time and without a cache, so that both routes compute the same batch: the very same floats."""
-    with TestClient(create_app(Settings(bundles=bundles, provider="cpu", threads=1, cache_mb=0))) as client:
-        for item in (" is not", "", " None and x"):
-            (scores,) = ask(client, model=model, query="if x", items=[item])["scores"]
-            assert scores == [entry["softmax"] for entry in chosen(client, "if x" + item, model)]
+def test_scores_are_the_probabilities_over_the_vocabulary(client: TestClient, model: str) -> None:
+    """One item at a time, so that both routes compute the same batch: the very same floats."""
+    for item in (" is not", "", " None and x"):
+        (scores,) = ask(client, model=model, query="if x", items=[item])["scores"]
+        assert scores == [entry["softmax"] for entry in chosen(client, "if x" + item, model)]
 
 
 def test_with_softmax_they_are_the_probabilities_among_the_labels(client: TestClient) -> None:

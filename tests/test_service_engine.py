@@ -471,13 +471,15 @@ def test_a_full_cache_lets_prompts_wait_or_go_without() -> None:
         await until(lambda: bool(log))
         reader = Counting(60, 49, 50)
         waits = await start(engine, [Job(variant, [2] * 50, reader=reader, max_tokens=99)])
+        small = await start(engine, [Job(variant, [3], reader=Counting(5), max_tokens=5)])
         (done,) = await engine.run([Job(variant, [4] * 60)])
         assert ids_of(done.row) == [4] * 60
         assert not generating.done()
         assert not reader.seen
-        for task in (waits, generating):
-            await task
+        await asyncio.gather(waits, small, generating)
         assert len(reader.seen) == 61
+        begun = [ids[0] for _, batch, _ in log for ids in batch]
+        assert begun.index(2) < begun.index(3), "though there would have been room for the small one"
 
     play(scene, slots=CONTEXT)
 
