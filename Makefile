@@ -19,7 +19,7 @@ OPS := $(ARTIFACTS)/ops
 TRAINED := $(CHECKPOINTS)/.trained-$(STEPS)
 EXPORTED := $(BUNDLES)/.exported
 
-.PHONY: up install test lint format docs train export ops serve load gpu-check clean help
+.PHONY: up install test lint format docs train export ops serve load bench gpu-check clean help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -39,6 +39,10 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[train,serve,load,dev]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PIP) --editable '.[train,serve,load,bench]'
 	@touch $@
 
 $(TRAINED): models/activations.py | $(VENV)/.installed
@@ -68,6 +72,9 @@ serve: | $(VENV)/.installed ## Serve what was exported
 
 load: | $(VENV)/.installed ## Load on the running service, one row per variant
 	$(ACTUARY) load --url http://127.0.0.1:$(PORT)
+
+bench: $(OPS)/library.json $(VENV)/.installed-bench ## Our server against other engines; an hour, and goes on where it was stopped
+	$(ACTUARY) bench serve --ops $(OPS) --out $(ARTIFACTS)/bench-serve $(BENCH)
 
 test: $(VENV)/.installed-dev ## Every test that this machine can run
 	$(BIN)/python -m pytest -n 2 --dist loadfile
