@@ -57,7 +57,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
 # verb: (where its click command is, the optional extra that it needs, one line for --help)
 BENCHES: dict[str, tuple[str, str, str]] = {
     "ops": ("export.bench_cli:ops", "train,load", "What an activation costs, without a server."),
-    "serve": ("loadtest.bench.cli:serve", "train,serve,load,bench", "Our server against the engines others would pick."),
+    "serve": ("loadtest.bench.cli:serve", "train,serve,load,bench", "Our server against other engines, over HTTP."),
 }
 
 # Verbs that fill a folder beside its place. serve and load end on SIGTERM in their own way; train saves its state.

@@ -31,6 +31,7 @@ errors = Console(stderr=True, highlight=False)
 FULL, QUICK = Pace(0.7, 3.0), Pace(0.3, 1.0)
 ROUNDS = 5
 DOCS = setup.ROOT / "docs"
+MEASURING = tuple(f"loadtest/bench/{name}.py" for name in ("client", "contenders", "servers", "visits", "workloads"))
 STARTS = 3  # the first warms the files and does not count
 
 
@@ -117,7 +118,7 @@ def _plan(chosen: list[Contender], pace: Pace, ops: Path) -> dict[str, Any]:
     return {
         "contenders": [asdict(contender) for contender in chosen],
         "packages": packages,
-        "sources": setup.digest("service", "export", "models", "loadtest/bench", "loadtest/rivals"),
+        "sources": setup.digest("service", "export", "loadtest/rivals", *MEASURING),
         "ops": hashlib.sha256(library.read_bytes()).hexdigest()[:16] if library.is_file() else "none",
         "version": importlib.metadata.version("actuary"),
         "machine": _cpu(),

@@ -27,6 +27,7 @@ ASKED = {
 }
 OVER_INFER_MS = 0.8  # p50 of one caller over the session's own run time, at most
 TURNS_COST = 0.05
+DRAWN = ("closed", "typing", "preamble", "generate")
 
 
 @dataclass(frozen=True)
@@ -111,22 +112,25 @@ def document(visits: Visits, contenders: Sequence[Contender], facts: dict[str, A
 HEAD = """# Benchmarks
 
 Written by `make bench` ({command}); not to be edited. {date}, {machine}, {system}, Python {python}.
-{rounds} rounds, {seconds:g} s measured in each cell after {warm_s:g} s that are not. Actuary {version}, sources {sources}.
+{rounds} rounds, {seconds:g} s measured in each cell after {warm_s:g} s that are not. Actuary {version}, sources
+{sources}.
 
-GPT-2 shape, 14M parameters (6 layers, d=384, 6 heads, V=8192, context 512), random weights: the same for all. Client and
-server share the {cores} cores. `wide` computes one prompt at a time on all cores, `narrow` a prompt a core."""
+GPT-2 shape, 14M parameters (6 layers, d=384, 6 heads, V=8192, context 512), random weights: the same for all. Client
+and server share the {cores} cores. `wide` computes one prompt at a time on all cores, `narrow` a prompt a core."""
 
 HOW = """All servers are up at once, and stopped (SIGSTOP) but for the one that is measured; each round visits every
 contender in each workload, in an order drawn anew. No prompt is sent twice to a server. Before the first round every
 engine must give transformers' own probabilities (fp32: to 0.001 in proportion). Rivals answer `POST /next` with the 10
 likeliest tokens, ours `POST /v1/next-token` with `top_k` 10, logits, both probabilities and texts included. Rivals'
-servers are in `loadtest/rivals/`, their versions and settings in `loadtest/bench/contenders.py`. ONNX Runtime, OpenVINO
-and LitServe run PyTorch's own ONNX export with the vocabulary product on the last position alone and the top in the graph;
-int8 is `quantize_dynamic`'s per channel, NNCF's post-training quantisation (OpenVINO, static steps) and CTranslate2's own.
-LitServe batches up to 8 prompts around ONNX Runtime. Open loops count latency from the planned send: `{open_all}` at 60 % of
-what the slowest contender reached with 8 callers and 64 tokens, `{open_near}` at 75 % of what the best rival of the
-precision did; a contender that cannot reach the rate is not sent it. A typist's text grows by 1 or 2 tokens a request,
-from 32 to 256. Generation: rivals get the 8 prompts as one batch, ours from 8 callers.
+servers are in `loadtest/rivals/`, their versions and settings in `loadtest/bench/contenders.py`. ONNX Runtime,
+OpenVINO and LitServe run PyTorch's own ONNX export with the vocabulary product on the last position alone and the top
+in the graph; int8 is `quantize_dynamic`'s per channel, NNCF's post-training quantisation (OpenVINO, static steps) and
+CTranslate2's own. LitServe batches up to 8 prompts around ONNX Runtime.
+
+Open loops count latency from the planned send: `{open_all}` at 60 % of what the slowest contender reached with 8
+callers and 64 tokens, `{open_near}` at 75 % of what the best rival of the precision did; a contender that cannot reach
+the rate is not sent it. A typist's text grows by 1 or 2 tokens a request, from 32 to 256. Generation: rivals get the 8
+prompts as one batch, ours from 8 callers.
 
 Versions: {versions}."""
 
@@ -154,9 +158,10 @@ def _summary(found: Sequence[tuple[Workload, str, list[Row]]]) -> str:
             continue
         asked = ASKED.get(workload.name, {}).get(precision, 0.0)
         wanted = "" if not asked else f"{asked:g}" + ("" if both.ratio[0] >= asked else ", short")
+        ours, rival = both.ours, both.rival
         lines.append([
-            f"{workload.name}, {precision}", number(both.ours.per_s[0]), number(both.rival.per_s[0]),
-            both.rival.contender.name, _between(both.ratio), wanted, number(both.ours.p99_ms), number(both.rival.p99_ms),
+            f"{workload.name}, {precision}", number(ours.per_s[0]), number(rival.per_s[0]), rival.contender.name,
+            _between(both.ratio), wanted, number(ours.p99_ms), number(rival.p99_ms),
         ])  # fmt: skip
     heads = ["workload", "ours /s", "best rival /s", "which", "ours / rival (rounds)", "asked", "p99 ms", "its p99 ms"]
     note = "Requests/s; in the generation workload tokens/s. Best rival: the highest median of the same precision."
@@ -234,8 +239,8 @@ def _servers(visits: Visits, contenders: Sequence[Contender], facts: dict[str, A
         "worst ln p off", "mean ln p off",
     ]  # fmt: skip
     return (
-        "Off: |ln p - ln transformers' p in float64| over the likeliest tokens of 6 prompts. Resident: all processes of "
-        f"a server, shared pages in each.\n\n{_table(heads, lines)}"
+        "Off: |ln p - ln transformers' p in float64| over the likeliest tokens of 6 prompts. Resident: all processes "
+        f"of a server, shared pages in each.\n\n{_table(heads, lines)}"
     )
 
 
@@ -258,7 +263,7 @@ def _quiet(visits: Visits) -> str:
     if not others:
         return ""
     p50, p95 = np.percentile(others, [50, 95])
-    return f"Cores that other processes took while a contender was measured: median {p50:.2f}, 95th percentile {p95:.2f}."
+    return f"Cores taken by other processes while a contender was measured: median {p50:.2f}, p95 {p95:.2f}."
 
 
 def draw(visits: Visits, contenders: Sequence[Contender], path: Path) -> None:
@@ -269,7 +274,7 @@ def draw(visits: Visits, contenders: Sequence[Contender], path: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "actuary", "svg.fonttype": "none", "font.size": 8})
     from matplotlib import pyplot
 
-    found = [each for each in tables(visits, contenders) if each[0].kind in ("closed", "typing", "preamble", "generate")]
+    found = [each for each in tables(visits, contenders) if each[0].kind in DRAWN]
     names = list(dict.fromkeys(workload.name for workload, _, _ in found))
     if not names:
         return

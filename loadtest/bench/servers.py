@@ -32,9 +32,8 @@ END_S = 10.0
 class Server:
     """One contender's process group."""
 
-    def __init__(self, contender: Contender, folder: Path, ops: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, contender: Contender, folder: Path, ops: Path) -> None:
         self.contender, self._folder, self._ops = contender, folder, ops
-        self._environment = {**os.environ, **(environment or {})}
         self.log = folder / "logs" / f"{contender.name}.log"
         self.start_s: list[float] = []  # each start's seconds until it was ready
         self._process: subprocess.Popen[bytes] | None = None
@@ -61,7 +60,6 @@ class Server:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env=self._environment,
             )
         path = "/health/ready" if self.contender.ours else "/health"
         while not self._answers(path):

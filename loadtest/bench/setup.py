@@ -1,10 +1,10 @@
 """Everything that must lie ready before a server is started, each made once and again when what it is made of changed.
 
-    environments/NAME                     a virtual environment per engine
-    gpt2                                  random weights in transformers' format
-    onnx, openvino, ctranslate2, bundles  the same in each engine's own format; bundles/six are variants of ours
-    reference.json                        what transformers says of gpt2, in float64
-    made/                                 what each was made of, and the log of making it
+environments/NAME                     a virtual environment per engine
+gpt2                                  random weights in transformers' format
+onnx, openvino, ctranslate2, bundles  the same in each engine's own format; bundles/six are variants of ours
+reference.json                        what transformers says of gpt2, in float64
+made/                                 what each was made of, and the log of making it
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ NEAR = 0.95  # a contender that reaches less than the rate over this is not sent
 NOT_THERE = 404
 
 Record = dict[str, Any]
+Progress = Callable[[str], None]
 
 
 class Visits:
@@ -79,8 +80,8 @@ def cells(contenders: Sequence[Contender]) -> list[tuple[Workload, list[Contende
 
 
 def run(
-    visits: Visits, servers: dict[str, Server], rounds: int, pace: Pace, vocab_size: int, progress: Callable[[str], None]
-) -> None:
+    visits: Visits, servers: dict[str, Server], rounds: int, pace: Pace, vocab_size: int, progress: Progress
+) -> None:  # fmt: skip
     """Fills `visits` up to so many rounds; the servers are paused. `progress` is told each visit that is over."""
     contenders = [server.contender for server in servers.values()]
     for round_ in range(rounds):
@@ -188,7 +189,7 @@ def _rate(visits: Visits, workload: Workload, contender: Contender, everybody: S
     slowest_for_all = workload is workloads.OPEN[0]
     rate = round(workload.share * (min(reached.values()) if slowest_for_all else max(rivals)), 1)
     if rate <= 0:
-        raise ActuaryError(f"{workloads.BASIS.name}: a contender served nothing; see its log, and run again with --again")
+        raise ActuaryError(f"{workloads.BASIS.name}: a contender served nothing; see its log, and run with --again")
     return rate if rate <= NEAR * reached[contender.name] else None
 
 

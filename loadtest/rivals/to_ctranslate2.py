@@ -1,6 +1,6 @@
 """A transformers folder -> CTranslate2's, in float32 or int8.
 
-    python loadtest/rivals/to_ctranslate2.py MODEL OUT float32|int8
+python loadtest/rivals/to_ctranslate2.py MODEL OUT float32|int8
 """
 
 from __future__ import annotations
