@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from actuary import BadInput, cores
 from loadtest.bench import agreement, contenders, report, setup, visits
 from loadtest.bench.contenders import ENVIRONMENTS, Contender
-from loadtest.bench.servers import Server, fleet, write_down
+from loadtest.bench.servers import Server, fleet
 from loadtest.bench.visits import Pace, Visits
 
 errors = Console(stderr=True, highlight=False)
@@ -48,8 +48,8 @@ def serve(rounds: int | None, only: str | None, quick: bool, again: bool, ops: P
     """Our server against the engines that others would pick: same weights, same machine, over HTTP.
 
     The first run installs each engine into an environment of its own (minutes). A run that was stopped goes on with
-    the same command. With all contenders and 5 rounds or more, which take an hour, docs/benchmarks.md is written;
-    else the same document lies in the run's folder alone.
+    the same command. With all contenders and 5 rounds or more, which take an hour and a quarter, docs/benchmarks.md
+    is written; else the same document lies in the run's folder alone.
 
     \b
     Examples:
@@ -73,10 +73,15 @@ def serve(rounds: int | None, only: str | None, quick: bool, again: bool, ops: P
     (run / "plan.json").write_text(json.dumps(plan, indent=2), encoding="utf-8")
     kept = Visits(run / "visits.jsonl")
     _say(f"results in {run}" + (f", where {len(kept.records)} visits are kept" if kept.records else ""))
-    with fleet(out, chosen, ops) as servers:
-        facts = _start(servers, out, 1 if quick else STARTS)
-        _measure(kept, servers, rounds, pace)
-    facts |= plan | {
+    started = run / "started.json"  # what starting them showed; not measured again by a run that goes on
+    if not started.is_file() or len(kept.records) < rounds * _cells(chosen):
+        with fleet(out, chosen, ops) as servers:
+            about = _start(servers, out, 1 if quick or started.is_file() else STARTS)
+            if not started.is_file():
+                started.write_text(json.dumps(about, indent=2), encoding="utf-8")
+            _measure(kept, servers, rounds, pace)
+    facts = plan | {
+        "servers": json.loads(started.read_text(encoding="utf-8")),
         "ceiling": list(visits.ceiling(pace, setup.VOCAB_SIZE)),
         "rounds": rounds, "command": _command(only, quick, rounds), "date": datetime.date.today().isoformat(),
         "versions": ", ".join(f"{name} {version}" for name, version in plan["versions"].items()),
@@ -154,7 +159,6 @@ def _start(servers: dict[str, Server], out: Path, starts: int) -> dict[str, Any]
             if n:
                 server.stop()
             server.start()
-        write_down(out, servers)
         deviation = None
         if server.contender.setting != "six":  # whose weights are others
             deviation = asdict(agreement.check(server, out / "reference.json"))
@@ -166,12 +170,16 @@ def _start(servers: dict[str, Server], out: Path, starts: int) -> dict[str, Any]
         }
         server.pause()
         _say(f"{name}: ready after {statistics.median(counted):.2f} s, {about[name]['resident_mb']:.0f} MB")
-    return {"servers": about}
+    return about
+
+
+def _cells(chosen: list[Contender]) -> int:
+    """Visits of a round."""
+    return sum(len(those) for _, those in visits.cells(chosen))
 
 
 def _measure(kept: Visits, servers: dict[str, Server], rounds: int, pace: Pace) -> None:
-    chosen = [server.contender for server in servers.values()]
-    total = rounds * sum(len(those) for _, those in visits.cells(chosen))
+    total = rounds * _cells([server.contender for server in servers.values()])
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=errors, disable=not errors.is_terminal,

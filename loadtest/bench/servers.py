@@ -1,13 +1,14 @@
 """The contenders' processes: started one by one, stopped in their tracks (SIGSTOP) while another is measured.
 
 A stopped process takes no processor time, whatever its threads were spinning on. Each server is the leader of a group
-of its own, so that its workers stop with it. Who was started is written down: after a run that was killed, the next
-one ends those that were left.
+of its own, so that its workers stop with it. Who is started is written down at once: after a run that was killed, the
+next one ends those that were left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -21,12 +22,13 @@ from pathlib import Path
 
 import psutil
 
-from actuary import ActuaryError
+from actuary import ActuaryError, BadInput
 from loadtest.bench.contenders import Contender
 
 READY_TIMEOUT_S = 120.0
 POLL_S = 0.01
 END_S = 10.0
+RECORD = "servers.jsonl"  # [id, when it was made] of each that was started, which together no other process has
 
 
 class Server:
@@ -61,6 +63,8 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
+        with (self._folder / RECORD).open("a", encoding="utf-8") as record:
+            record.write(json.dumps([self._process.pid, psutil.Process(self._process.pid).create_time()]) + "\n")
         path = "/health/ready" if self.contender.ours else "/health"
         while not self._answers(path):
             if not self.alive or time.perf_counter() - began > READY_TIMEOUT_S:
@@ -100,12 +104,6 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
 
-    @property
-    def born(self) -> tuple[int, float]:
-        """Its id, and when it was made, which together no other process has."""
-        assert self._process is not None
-        return self._process.pid, psutil.Process(self._process.pid).create_time()
-
     def cpu_s(self) -> float:
         return sum(times.user + times.system for times in self._each("cpu_times"))
 
@@ -124,28 +122,31 @@ class Server:
 
 @contextlib.contextmanager
 def fleet(folder: Path, contenders: Sequence[Contender], ops: Path) -> Iterator[dict[str, Server]]:
-    """Servers that are not started yet, by name; ended with the block, and those of a killed run before it."""
-    record = folder / "servers.json"
-    _end_left_over(record)
-    servers = {contender.name: Server(contender, folder, ops) for contender in contenders}
-    try:
-        yield servers
-    finally:
-        for server in servers.values():
-            server.stop()
-        record.unlink(missing_ok=True)
+    """Servers that are not started yet, by name; ended with the block, and those of a killed run before it.
 
-
-def write_down(folder: Path, servers: dict[str, Server]) -> None:
-    """Who runs now."""
-    born = [server.born for server in servers.values() if server.alive]
-    (folder / "servers.json").write_text(json.dumps(born), encoding="utf-8")
+    BadInput where another run has servers of that folder up.
+    """
+    record = folder / RECORD
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadInput(
+                f"another run measures in {folder}; wait for it, or name another folder with --out"
+            ) from None
+        _end_left_over(record)
+        servers = {contender.name: Server(contender, folder, ops) for contender in contenders}
+        try:
+            yield servers
+        finally:
+            for server in servers.values():
+                server.stop()
+            record.unlink(missing_ok=True)
 
 
 def _end_left_over(record: Path) -> None:
-    if not record.is_file():
-        return
-    for pid, created in json.loads(record.read_text(encoding="utf-8")):
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+    for line in record.read_text(encoding="utf-8").splitlines() if record.is_file() else []:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, ValueError):  # the last: a torn line
+            pid, created = json.loads(line)
             if psutil.Process(pid).create_time() == created:
                 os.killpg(pid, signal.SIGKILL)
