@@ -1,5 +1,6 @@
 # Two commands do all the set-up: `make up` (train, export, serve) and `make test`.
 # PORT=8000 moves the service, STEPS=1000 shortens or lengthens training, PYTHON= names the interpreter,
+# BENCH=--quick gives arguments to `make bench`,
 # TORCH_INDEX= names another package index for torch (PyTorch's CPU index saves gigabytes on x86-64 Linux).
 
 PYTHON ?= python3
@@ -8,6 +9,7 @@ STEPS ?= 1000
 VENV ?= .venv
 ARTIFACTS ?= artifacts
 TORCH_INDEX ?=
+BENCH ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check

@@ -59,8 +59,8 @@ class Contender:
         """How it is set, for the report."""
         if self.ours:
             return f"actuary serve --threads {self.threads}"
-        prompts = "batches" if self.engine == "litserve" else "prompts"
-        return f"{self.streams} x {self.threads} threads: {prompts} at once x threads of each"
+        once = "batches" if self.engine == "litserve" else "prompts"
+        return f"{once} at once: {self.streams}, threads of each: {self.threads}"
 
     def command(self, folder: Path, port: int, ops: Path) -> list[str]:
         """Args: folder: artifacts/bench-serve; ops: our fused operators."""

@@ -27,6 +27,7 @@ ASKED = {
 }
 OVER_INFER_MS = 0.8  # p50 of one caller over the session's own run time, at most
 TURNS_COST = 0.05
+QUIET_CORES = 0.1  # of others; the machine's own housekeeping takes 0.02
 DRAWN = ("closed", "typing", "preamble", "generate")
 
 
@@ -99,7 +100,7 @@ def tables(visits: Visits, contenders: Sequence[Contender]) -> list[tuple[Worklo
 def document(visits: Visits, contenders: Sequence[Contender], facts: dict[str, Any]) -> str:
     """The whole of docs/benchmarks.md."""
     found = [each for each in tables(visits, contenders) if each[0].kind != "turns"]
-    parts = [HEAD.format(**facts), "## Ours against the best rival", _summary(found)]
+    parts = [HEAD.format(**facts), _disturbed(visits), "## Ours against the best rival", _summary(found)]
     parts += ["![Requests per second](benchmarks.svg)", _overhead(visits, contenders), _turned(visits)]
     parts += ["## Memory, start, agreement", _servers(visits, contenders, facts)]
     parts += ["## Every cell"]
@@ -245,7 +246,10 @@ def _servers(visits: Visits, contenders: Sequence[Contender], facts: dict[str, A
 
 
 def _settings(contenders: Sequence[Contender]) -> str:
-    return "\n".join(f"- {contender.name}: {contender.described}" for contender in contenders)
+    found: dict[str, list[str]] = {}
+    for contender in contenders:
+        found.setdefault(contender.described, []).append(contender.name)
+    return "\n".join(f"- {described}: {', '.join(names)}" for described, names in found.items())
 
 
 def _ceiling(measured: Sequence[Record]) -> str:
@@ -256,6 +260,13 @@ def _ceiling(measured: Sequence[Record]) -> str:
     ]  # fmt: skip
     heads = ["callers", "requests/s", "p50 ms", "client's processor ms per request"]
     return f"The client against a server that does nothing:\n\n{_table(heads, lines)}" if lines else ""
+
+
+def _disturbed(visits: Visits) -> str:
+    others = [r["others_cores"] for r in visits.records if "others_cores" in r]
+    if not others or float(np.median(others)) <= QUIET_CORES:
+        return ""
+    return f"**The machine was not quiet: other processes took {np.median(others):.2f} cores in the median visit.**"
 
 
 def _quiet(visits: Visits) -> str:
