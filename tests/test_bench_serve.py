@@ -286,13 +286,17 @@ def test_the_document_names_what_falls_short(tmp_path):
     ours, rival = Contender("actuary", "fp32"), Contender("openvino", "fp32")
     kept.add([record(ours.name, workload, 0, 12.0, infer_ms=[0.5]), record(rival.name, workload, 0, 10.0)])
     kept.add([record(ours.name, workloads.CLOSED[1], 0, 20.0), record(rival.name, workloads.CLOSED[1], 0, 10.0)])
+    (generate,), eager = workloads.GENERATE, Contender("transformers", "fp32", generates=True)
+    ours = Contender("actuary", "fp32", generates=True)
+    kept.add([record(ours.name, generate, 0, 19.0), record(eager.name, generate, 0, 10.0)])
     words = "command date machine system python version sources versions open_all open_near"
     facts = dict.fromkeys(words.split(), "?")
     facts |= {"rounds": 1, "seconds": 1.0, "warm_s": 0.1, "cores": 2, "servers": {}, "ceiling": []}  # fmt: skip
-    text = report.document(kept, [ours, rival], facts)
+    text = report.document(kept, [ours, rival, eager], facts)
     lines = [line for line in text.splitlines() if line.startswith("| 64 tokens")]
     assert "| 1.25, short |" in next(line for line in lines if line.startswith("| 64 tokens, 1 caller, fp32"))
     assert "| 1.25 |" in next(line for line in lines if line.startswith("| 64 tokens, 8 callers, fp32"))
+    assert "transformers' tokens/s (asked: 2): 1.90 (1.90 to 1.90), short." in text
     assert "1.50, more" in text, "p50 2.0 ms over 0.5 ms of its own is more than 0.8 ms"
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from actuary import BadInput, cores
-from loadtest.bench import agreement, contenders, report, setup, visits
+from loadtest.bench import agreement, contenders, report, setup, visits, workloads
 from loadtest.bench.contenders import ENVIRONMENTS, Contender
 from loadtest.bench.servers import Server, fleet
 from loadtest.bench.visits import Pace, Visits
@@ -85,7 +85,7 @@ def serve(rounds: int | None, only: str | None, quick: bool, again: bool, ops: P
         "ceiling": list(visits.ceiling(pace, setup.VOCAB_SIZE)),
         "rounds": rounds, "command": _command(only, quick, rounds), "date": datetime.date.today().isoformat(),
         "versions": ", ".join(f"{name} {version}" for name, version in plan["versions"].items()),
-        "open_all": report.workloads.OPEN[0].name, "open_near": report.workloads.OPEN[1].name,
+        "open_all": workloads.OPEN[0].name, "open_near": workloads.OPEN[1].name,
     }  # fmt: skip
     (run / "facts.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
     document = report.document(kept, chosen, facts)

@@ -24,7 +24,9 @@ PRECISIONS = ("fp32", "int8")
 ASKED = {
     **{workload.name: {"fp32": 1.25, "int8": 1.5} for workload in workloads.CLOSED},
     **{workload.name: {"fp32": 4.0, "int8": 4.0} for workload in workloads.REUSE},
+    **{workload.name: {"fp32": 1.0, "int8": 1.0} for workload in workloads.GENERATE},
 }
+OVER_TRANSFORMERS = 2.0  # in generation
 OVER_INFER_MS = 0.8  # p50 of one caller over the session's own run time, at most
 TURNS_COST = 0.05
 QUIET_CORES = 0.1  # of others; the machine's own housekeeping takes 0.02
@@ -165,8 +167,20 @@ def _summary(found: Sequence[tuple[Workload, str, list[Row]]]) -> str:
             _between(both.ratio), wanted, number(ours.p99_ms), number(rival.p99_ms),
         ])  # fmt: skip
     heads = ["workload", "ours /s", "best rival /s", "which", "ours / rival (rounds)", "asked", "p99 ms", "its p99 ms"]
+    if not lines:
+        return "Ours or the rivals were not measured."
     note = "Requests/s; in the generation workload tokens/s. Best rival: the highest median of the same precision."
-    return f"{note}\n\n{_table(heads, lines)}" if lines else "Ours or the rivals were not measured."
+    return "\n\n".join(part for part in (note, _table(heads, lines), _generation(found)) if part)
+
+
+def _generation(found: Sequence[tuple[Workload, str, list[Row]]]) -> str:
+    """Ours against transformers' generate."""
+    rows = [row for workload, p, rows in found if workload in workloads.GENERATE and p == "fp32" for row in rows]
+    both = versus([row for row in rows if row.contender.engine in (OURS, "transformers")])
+    if both is None:
+        return ""
+    short = "" if both.ratio[0] >= OVER_TRANSFORMERS else ", short"
+    return f"Generation, of transformers' tokens/s (asked: {OVER_TRANSFORMERS:g}): {_between(both.ratio)}{short}."
 
 
 def _cell(workload: Workload, rows: Sequence[Row]) -> str:
