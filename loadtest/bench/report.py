@@ -130,7 +130,7 @@ OpenVINO and LitServe run PyTorch's own ONNX export with the vocabulary product 
 in the graph; int8 is `quantize_dynamic`'s per channel, NNCF's post-training quantisation (OpenVINO, static steps) and
 CTranslate2's own. LitServe batches up to 8 prompts around ONNX Runtime.
 
-Open loops count latency from the planned send: `{open_all}` at 60 % of what the slowest contender reached with 8
+Open loops count latency from the planned send: `{open_all}` at 60 % of what the slowest engine reached with 8
 callers and 64 tokens, `{open_near}` at 75 % of what the best rival of the precision did; a contender that cannot reach
 the rate is not sent it. A typist's text grows by 1 or 2 tokens a request, from 32 to 256. Generation: rivals get the 8
 prompts as one batch, ours from 8 callers.

@@ -184,12 +184,18 @@ def _rate(visits: Visits, workload: Workload, contender: Contender, everybody: S
     if workload.kind != "open":
         return None
     reached = {record["contender"]: record["per_s"] for record in visits.of(workloads.BASIS, 0)}
-    mine = [c for c in everybody if c.precision == contender.precision and c.setting != "six"]
-    rivals = [reached[c.name] for c in mine if not c.ours] or [reached[c.name] for c in mine]
-    slowest_for_all = workload is workloads.OPEN[0]
-    rate = round(workload.share * (min(reached.values()) if slowest_for_all else max(rivals)), 1)
+    those = [c for c in everybody if c.name in reached]
+    if workload is workloads.OPEN[0]:
+        best: dict[tuple[str, str], float] = {}  # of an engine's settings
+        for c in those:
+            best[c.engine, c.precision] = max(best.get((c.engine, c.precision), 0.0), reached[c.name])
+        yardstick = min(best.values())
+    else:
+        mine = [c for c in those if c.precision == contender.precision]
+        yardstick = max(reached[c.name] for c in [c for c in mine if not c.ours] or mine)
+    rate = round(workload.share * yardstick, 1)
     if rate <= 0:
-        raise ActuaryError(f"{workloads.BASIS.name}: a contender served nothing; see its log, and run with --again")
+        raise ActuaryError(f"{workloads.BASIS.name}: an engine served nothing; see its log, and run with --again")
     return rate if rate <= NEAR * reached[contender.name] else None
 
 

@@ -46,7 +46,7 @@ REUSE = (
     Workload("shared preamble, 8 callers", "preamble", 8, 16, 64),
 )
 OPEN = (
-    Workload("arrivals every contender can serve", "open", 64, 64, 64, share=0.6),  # of the slowest contender
+    Workload("arrivals every engine can serve", "open", 64, 64, 64, share=0.6),  # of the slowest engine
     Workload("arrivals near the best rival's limit", "open", 64, 64, 64, share=0.75),  # of the precision's best rival
 )
 GENERATE = (Workload("64 generated tokens, 8 callers", "generate", BATCH, PROMPT_TO_GENERATE, PROMPT_TO_GENERATE),)
