@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from actuary import BadInput
-from export.bundle import ATTENTION, DOMAIN, STRUCTURAL
+from export.bundle import ATTENTION, DOMAIN, PRODUCTS, STRUCTURAL
 from export.onnx_file import SIZES, OnnxFile
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -82,7 +82,8 @@ class Audit(BaseModel):
     provider: str  # that the session prefers
     precision: str
     activation: Runs
-    attention: Runs | None  # of the cache's operators; None where the graph has none
+    attention: Runs | None  # of a graph with a cache; None where it has no operator of ours
+    products: Runs | None  # in int8, likewise
     nodes: tuple[Placed, ...]
     fallen: tuple[Placed, ...]  # floating-point work that another provider was preferred for, and the CPU got
     notes: tuple[str, ...] = ()  # what runs, and not as one would think
@@ -98,6 +99,7 @@ class Audit(BaseModel):
         return {
             "activation": self.activation,
             "attention": self.attention,
+            "products": self.products,
             "nodes": self.counts,
             "notes": list(self.notes),
         }
@@ -159,6 +161,7 @@ def audit_of(
         precision=precision,
         activation=_runs(assigned, file, lambda operator: operator not in STRUCTURAL) or "standard",
         attention=_runs(assigned, file, lambda operator: operator in ATTENTION),
+        products=_runs(assigned, file, lambda operator: operator in PRODUCTS),
         nodes=tuple(nodes if loaded is None else _as_loaded(assigned, loaded, provider)),
         fallen=tuple(fallen),
     )

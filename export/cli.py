@@ -39,9 +39,9 @@ errors = Console(stderr=True)
     type=click.Choice(["fp32", "int8", "fp16", "bf16"]),
     default="fp32",
     show_default=True,
-    help="fp32 is for CPU and CUDA; int8 quantises the products, for the CPU: one step for each tensor, so a prompt's "
-    "answer moves by some per cent of the largest logit with what it is batched with, and the gate holds for this "
-    "machine's instructions; fp16 and bf16 are for CUDA. What these lose is measured on held-out text.",
+    help="fp32 is for CPU and CUDA; int8 quantises the products, for the CPU: one step for each token, so a prompt's "
+    "answer does not depend on what it is batched with, and the fused operators (actuary ops build) run them about "
+    "twice as fast; fp16 and bf16 are for CUDA. What these lose is measured on held-out text.",
 )
 @click.option(
     "--corpus",
@@ -294,15 +294,18 @@ def _described(folder: Path, manifest: Manifest, found: Inspection | None) -> Ta
 
 
 def _audited(found: Inspection) -> dict[str, str]:
-    """Rows of the audit: how the activation and the cache's attention run, and each provider's nodes by operator."""
-    from export.audit import RUNS
+    """Rows of the audit: how our operators run, and each provider's nodes by operator."""
+    from export.audit import CUDA, RUNS
 
     audit = found.audit
     rows = {}
-    for what, runs in (("activation", audit.activation), ("attention", audit.attention)):
+    for what, runs in (
+        ("activation runs", audit.activation), ("attention runs", audit.attention), ("products run", audit.products),
+    ):  # fmt: skip
         if runs:
-            why = found.unfused or ("its kernel is the CPU's alone" if what == "attention" else "")
-            rows[f"{what} runs"] = f"{runs}: {RUNS[runs]}" + (f"; {why}" if runs == "inlined" and why else "")
+            cpus = audit.provider == CUDA and what != "activation runs"
+            why = "its kernel is the CPU's alone" if cpus else found.unfused
+            rows[what] = f"{runs}: {RUNS[runs]}" + (f"; {why}" if runs == "inlined" and why else "")
     for provider, count in audit.counts.items():
         operators = Counter(
             f"{node.domain}::{node.op_type}" if node.domain else node.op_type

@@ -14,6 +14,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,12 +68,13 @@ def _in_session(folder: Path, manifest: Manifest, file: OnnxFile, provider: str,
     if provider == CUDA:
         _preload()
     built, info = library.find(ops), manifest.activation_info
-    unfused = f"there are no fused operators in {ops}"
+    unfused, fits = f"there are no fused operators in {ops}", None
     if built:
         unfused = built.why_not(info.name, info.digest, cuda=provider == CUDA)
+        fits = built if built.fits(info.name, info.digest, cuda=provider == CUDA) else None
     with tempfile.TemporaryDirectory() as scratch:
         saved = Path(scratch) / bundle.MODEL if loaded else None
-        session = _open(folder / bundle.MODEL, provider, None if unfused else built, saved)
+        session = _open(folder / bundle.MODEL, provider, fits, saved)
         graph = onnx_file.read(saved) if saved else None
     found = audit(session, file, manifest.precision, graph)
     foreseen = foreseen_on_cuda(file, manifest.precision) if provider == CPU else ""
@@ -144,11 +146,11 @@ class _Graph:
                 self.after[maker].add(i)
 
     def reading(self, *prefixes: str) -> set[int]:
-        """Nodes that read a weight whose name begins so, and are not operators of ours."""
+        """Nodes that read a weight whose name begins so, and are no activation of ours."""
         return {
             i
             for i, node in enumerate(self.nodes)
-            if node.domain != bundle.DOMAIN
+            if (node.domain != bundle.DOMAIN or node.op_type in bundle.STRUCTURAL)
             and any(self.weights.get(name, "").startswith(prefixes) for name in node.inputs)
         }
 
@@ -161,7 +163,10 @@ class _Graph:
         return (self.behind(start) & self._reached(end, self.before)) - start - end
 
     def meeting(self, start: set[int], end: set[int]) -> tuple[int, str]:
-        """The node on the way from `start` to `end` where another tensor is added first, and that tensor."""
+        """The node from `start` to `end` where another tensor is added first, and that tensor."""
+        for i in start:
+            if self.nodes[i].op_type == "Int8LinearAdd":  # adds its last input itself
+                return i, self.nodes[i].inputs[-1]
         behind = self.behind(start) | start
         on_the_way = (self.between(start, end) | end) - start
         for i in sorted(on_the_way, key=lambda i: len(self._reached([i], self.before))):
@@ -212,10 +217,15 @@ def draw_block(found: Inspection, manifest: Manifest) -> str:
     }
     texts = {label: _operators(found.graph, nodes, at) for label, nodes in where.items()}
     texts[manifest.activation] = f"{runs}: {texts[manifest.activation] or 'within ' + texts['up']}"
-    if add1 in norm2:
-        texts["+"] = "within ffn_norm's operator"
-    if add2 in end:
-        texts["+ "] = "within the next norm's operator"
+    if norm2 <= up:
+        texts["ffn_norm"] = "within up's operator"
+    for label, add, operators in (
+        ("+", add1, {"out": out, "ffn_norm": norm2}),
+        ("+ ", add2, {"down": down, "the next norm": end}),
+    ):
+        for name, nodes in operators.items():
+            if add in nodes:
+                texts[label] = f"within {name}'s operator"
     cached, last = bundle.PAST in found.graph.weights, manifest.layers == 1
     stream = "N" if cached else "B, T"
     answered = ("B + E" if cached else "B") if last else stream  # the last block goes on with the rows that are asked
@@ -242,6 +252,7 @@ def _operators(graph: OnnxFile, nodes: Iterable[int], at: str) -> str:
         node = graph.nodes[i]
         read = [graph.weights.get(name, ()) for name in node.inputs if _plain(name).startswith(at)]
         matrices = [dims for dims in read if len(dims) == 2]
+        matrices += [(4 * panels[1], step[0]) for panels, step in pairwise(read) if len(panels) == 4]  # Int8Linear's
         shape = next((f"{NO_BREAK}[{rows}x{columns}]" for rows, columns in matrices), "")
-        count[f"{node.domain}::{node.op_type}" if node.domain == bundle.DOMAIN else node.op_type + shape] += 1
+        count[(f"{node.domain}::" if node.domain == bundle.DOMAIN else "") + node.op_type + shape] += 1
     return ", ".join(name if times == 1 else f"{name}{NO_BREAK}x{times}" for name, times in count.items())

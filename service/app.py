@@ -16,13 +16,17 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from service import assets, errors
+from service.completions import complete
+from service.completions_schema import CompletionAnswer, CompletionRequest
 from service.engine import Engine
 from service.errors import ApiError
+from service.events import EventStream, stream
 from service.frame import Frame, unless_gone
 from service.inference_protocol import v2
 from service.library import Library, open_library
 from service.metrics import CONTENT_TYPE, Metrics, model_label
 from service.next_token import Answered, next_token
+from service.prefix_cache import prefix_caches
 from service.runtime import Runtime
 from service.schema import (
     DetokenizeAnswer,
@@ -64,7 +68,15 @@ def create_app(settings: Settings) -> FastAPI:
     """Open the bundles and build the application; BadInput where nothing can be served."""
     runtime = Runtime(settings.provider, settings.threads, settings.ops)
     library = open_library(settings.bundles, runtime)
-    engine = Engine(settings.max_queue, settings.max_batch_tokens, settings.timeout_s, runtime.lanes)
+    engine = Engine(
+        settings.max_queue,
+        settings.max_batch_tokens,
+        settings.timeout_s,
+        runtime.lanes,
+        max_queue_tokens=settings.max_queue_tokens,
+        max_queue_bytes=settings.max_queue_mb << 20,
+        caches=prefix_caches(library.variants.values(), settings.cache_mb << 20),
+    )
     service = Service(
         settings,
         library,
@@ -72,7 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
         runtime.no_cuda,
         assets.Compressed.of(_activations(library), "application/json"),
         Tokens(library, settings),
-        Metrics(engine.metrics, lambda: engine.waiting),
+        Metrics(engine.metrics, engine.tell),
     )
 
     @asynccontextmanager
@@ -173,10 +185,32 @@ async def post_score(asked: ScoreRequest, request: Request) -> Response:
     return _timed(request, await unless_gone(request, work))
 
 
-def _timed(request: Request, answered: Answered) -> Response:
+_STREAMED = {"text/event-stream": {"schema": {"type": "string"}, "example": "data: {...}\n\ndata: [DONE]\n\n"}}
+
+
+@v1.post(
+    "/completions",
+    response_model=CompletionAnswer,
+    responses={**_ERRORS, 200: {"content": _STREAMED, "description": "With stream true, events of the same shape."}},
+)
+async def post_completions(asked: CompletionRequest, request: Request) -> Response:
+    """What comes after each prompt, in OpenAI's shape with vLLM's additions; streamed or not."""
+    service = _named(request, [asked.model])
+    if not asked.stream:
+        work = complete(asked, service.library, service.engine, service.settings)
+        return _timed(request, await unless_gone(request, work))
+    begun = stream(asked, service.library, service.engine, service.settings, request.state.request_id)
+    return EventStream(await unless_gone(request, begun), lambda answered: _count_stages(request, answered))
+
+
+def _count_stages(request: Request, answered: Answered) -> None:
     _service(request).metrics.stages(
         request.state.model, answered.tokenize_ms / 1e3, answered.queue_ms / 1e3, answered.infer_ms / 1e3
     )
+
+
+def _timed(request: Request, answered: Answered) -> Response:
+    _count_stages(request, answered)
     times = {
         "x-tokenize-ms": f"{answered.tokenize_ms:.3f}",
         "x-queue-ms": f"{answered.queue_ms:.3f}",

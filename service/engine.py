@@ -1,90 +1,67 @@
-"""Batches the prompts of concurrent requests: one bounded queue, as many batches at a time as there are lanes.
+"""Runs the jobs of concurrent requests: batches of packed tokens, as many at a time as there are lanes.
 
     done = await engine.run([Job(variant, ids, top_k), ...])
 
-A batch holds prompts of one variant and of similar length, up to a budget of padded tokens; the variants take
-turns. Each lane is a thread that runs a batch on one core: two such runs carry more than one run on two cores
-(docs/log.md). Only a batch that is alone takes all lanes at once, where that was measured to be faster for its
-variant. A prompt that waits or is computed already is not computed again for another caller. The event loop goes on
-reading requests, which are the next batches.
+The life of a job: admitted or refused with 429; its variant's turn comes, since they take turns; a batch of tokens is
+formed (service/schedule.py) and computed by a lane, a thread that runs sessions of one core; its rows go to its reader,
+whose token makes it ready for another batch, or it is done. Two lanes carry more than one run on two cores
+(docs/log.md); only a batch that is alone takes all of them, where that was measured to be faster. A prompt that waits
+or is computed already is not computed again for another caller. The event loop goes on reading requests, which are
+the next batches.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Self
 
 from service.errors import ApiError
 from service.metrics import EngineMetrics
-from service.variant import Row, Variant
+from service.prefix_cache import PrefixCache
+from service.schedule import Batch, Schedule
+from service.sequence import Done, Job, Reader, Sequence, Waiter
+from service.variant import Row, Rows, Variant
 
-# A batch of one-token prompts would else hold max_batch_tokens rows of three [V] float32 each:
-# 64 rows are 39 MB at V = 50257.
-MAX_ROWS = 64
-# Padding that a batch may have: a share of its tokens, or so many, which cost less than another run.
-PADDING, FREE_PADDING = 1 / 8, 64
+__all__ = ["Done", "Engine", "Job", "Reader", "Row", "Rows"]
 
-
-@dataclass(frozen=True)
-class Job:
-    """One prompt for one variant: 1 to context ids, 0 <= top_k <= V."""
-
-    variant: Variant
-    ids: list[int]
-    top_k: int
-
-
-@dataclass(frozen=True)
-class Done:
-    """A job's row, and when what happened to it (seconds; `at` by perf_counter)."""
-
-    row: Row  # its top_ids may be longer than the job's top_k
-    queue_s: float
-    infer_s: float
-    at: float
-
-
-@dataclass(eq=False)
-class _Waiting:
-    job: Job
-    future: asyncio.Future[Done]
-    since: float = field(default_factory=perf_counter)
-
-    def __post_init__(self) -> None:
-        self.ids = tuple(self.job.ids)
-
-
-@dataclass(eq=False)
-class _Batch:
-    """Prompts of one variant that are computed together, each with all who wait for it."""
-
-    variant: Variant
-    prompts: dict[tuple[int, ...], list[_Waiting]]
-    wide: bool = False  # on all lanes
-
-    def __post_init__(self) -> None:
-        self.top_k = max(waiting.job.top_k for group in self.prompts.values() for waiting in group)
+Answer = Row | int | None | Exception  # the row itself, a reader's next token, nothing, or what went wrong
 
 
 class Engine:
     """Runs jobs between `async with engine:`; leaving it finishes what is queued."""
 
-    def __init__(self, max_queue: int, max_batch_tokens: int, timeout_s: float, lanes: int = 1) -> None:
+    def __init__(
+        self,
+        max_queue: int,
+        max_batch_tokens: int,
+        timeout_s: float,
+        lanes: int = 1,
+        *,
+        max_queue_tokens: int = 1 << 19,
+        max_queue_bytes: int = 1 << 30,
+        caches: Mapping[Variant, PrefixCache] | None = None,
+    ) -> None:
         self._max_queue = max_queue
+        self._max_queue_tokens = max_queue_tokens
+        self._max_queue_bytes = max_queue_bytes
         self._max_batch_tokens = max_batch_tokens
         self._timeout_s = timeout_s
         self._lanes = lanes
-        self._queues: dict[Variant, list[_Waiting]] = {}  # none of them empty; the first is served next
-        self._running: dict[asyncio.Task[None], _Batch] = {}
+        self._caches = caches or {}
+        self._schedules: dict[Variant, Schedule] = {}  # the first is served next
+        self._running: dict[asyncio.Task[None], bool] = {}  # batches, and whether they are wide
+        self._unfinished: set[Sequence] = set()
+        self._same: dict[tuple[Variant, tuple[int, ...]], Sequence] = {}  # of those without a reader
         self._wake = asyncio.Event()
         self._open = False
-        self._job_s = 0.0  # moving average of a job's share of its batch
+        self._waiting = 0
+        self._tokens = 0  # of all requests that are not answered
+        self._bytes = 0  # of their rows
+        self._token_s = 0.0  # moving average of a token's share of its batch
         self.metrics = EngineMetrics()
 
     async def __aenter__(self) -> Self:
@@ -106,24 +83,33 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Jobs in the queue; those that are being computed do not count."""
-        return sum(map(len, self._queues.values()))
+        return self._waiting
 
-    async def run(self, jobs: Sequence[Job]) -> list[Done]:
-        """Each job's result, in order. Cancel it, and what is still queued of it is dropped.
+    def tell(self) -> None:
+        """Bring those metrics up to date that say how things are now."""
+        running = sum(sequence.begun for sequence in self._unfinished)
+        self.metrics.now(self._waiting, running, {variant.name: cache for variant, cache in self._caches.items()})
 
-        Raises ApiError: queue_full where not all of them fit, timeout, unavailable.
+    async def run(self, jobs: Collection[Job]) -> list[Done]:
+        """Each job's result, in order. Cancel it, and what is not computed of it is dropped.
+
+        Raises ApiError: queue_full where not all of them fit, too_large where they never will, timeout where a job
+        had no row in time, unavailable; and what a job's reader raised.
         """
-        self._admit(len(jobs))
-        loop = asyncio.get_running_loop()
-        mine = [_Waiting(job, loop.create_future()) for job in jobs]
-        for waiting in mine:
-            if not self._joins(waiting):
-                self._queues.setdefault(waiting.job.variant, []).append(waiting)
-        self._wake.set()
+        tokens = sum(job.tokens for job in jobs)
+        size = sum(job.variant.row_bytes for job in jobs if not job.reader)  # a reader's are gone once it read them
+        self._admit(len(jobs), tokens, size)
+        self._tokens += tokens
+        self._bytes += size
+        mine: list[Waiter] = []
         reason = "failed"
         try:
+            for job in jobs:
+                mine.append(self._enter(job))
+            self._wake.set()
             async with asyncio.timeout(self._timeout_s):
-                return await asyncio.gather(*(waiting.future for waiting in mine))
+                await asyncio.gather(*(waiter.first for waiter in mine))
+            return await asyncio.gather(*(waiter.result for waiter in mine))
         except asyncio.CancelledError:
             reason = "client_gone"
             raise
@@ -134,105 +120,203 @@ class Engine:
                 f"no answer within {self._timeout_s:g} s; send fewer prompts at once, or try later",
             ) from None
         finally:
-            self.metrics.dropped(reason, self._drop(set(mine)))
+            self._tokens -= tokens
+            self._bytes -= size
+            for waiter in mine:
+                self._leave(waiter, reason)
 
-    def _admit(self, jobs: int) -> None:
+    def _admit(self, jobs: int, tokens: int, size: int) -> None:
         if not self.serving:
             raise ApiError("unavailable", "the service is stopping; try another instance, or later")
-        waiting = self.waiting
-        if waiting + jobs > self._max_queue:
-            self.metrics.refused(jobs)
-            seconds = min(60, max(1, math.ceil(waiting * self._job_s)))
-            raise ApiError(
-                "queue_full",
-                f"{waiting} prompts wait and {jobs} more do not fit in the queue of {self._max_queue}; "
-                f"try again in {seconds} s",
-                headers={"retry-after": str(seconds)},
-            )
+        for what, now, more, most in (
+            ("prompts", self._waiting, jobs, self._max_queue),
+            ("tokens", self._tokens, tokens, self._max_queue_tokens),
+            ("bytes of probabilities", self._bytes, size, self._max_queue_bytes),
+        ):
+            if more > most:
+                raise ApiError(
+                    "too_large", f"the request asks for {more} {what}; allowed: {most}; send several requests"
+                )
+            if now + more > most:
+                self.metrics.refused(jobs)
+                seconds = min(60, max(1, math.ceil(self._tokens * self._token_s)))
+                raise ApiError(
+                    "queue_full",
+                    f"{now} {what} wait and {more} more do not fit in the queue of {most}; try again in {seconds} s",
+                    headers={"retry-after": str(seconds)},
+                )
 
-    def _drop(self, gone: set[_Waiting]) -> int:
-        """Take what is still queued of `gone` out of it; how many that were."""
-        before = self.waiting
-        for variant in {waiting.job.variant for waiting in gone} & self._queues.keys():
-            if left := [waiting for waiting in self._queues[variant] if waiting not in gone]:
-                self._queues[variant] = left
-            else:
-                del self._queues[variant]
-        return before - self.waiting
+    def _enter(self, job: Job) -> Waiter:
+        """One who waits for `job`: for a sequence of its own, or with others who ask for the same."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[Done] = loop.create_future()
+        waiter = Waiter(job, result, loop.create_future() if job.reader else result)
+        if not job.reader:
+            key = job.variant, tuple(job.ids)
+            same = self._same.get(key)
+            if same and not (same.begun and job.top_k > same.top_k):
+                waiter.sequence = same
+                same.waiters.append(waiter)
+                same.top_k = max(same.top_k, job.top_k)
+                same.left = ""
+                self._waiting += not same.begun
+                return waiter
+        waiter.sequence = sequence = Sequence.of(waiter)
+        if not job.reader:
+            self._same[key] = sequence
+        self._unfinished.add(sequence)
+        self._waiting += 1
+        self._schedule(job.variant).add(sequence)
+        return waiter
 
-    def _joins(self, waiting: _Waiting) -> bool:
-        """Whether it waits for a row that is being computed."""
-        for batch in self._running.values():
-            fits = batch.variant is waiting.job.variant and waiting.job.top_k <= batch.top_k
-            if fits and waiting.ids in batch.prompts:
-                batch.prompts[waiting.ids].append(waiting)
-                return True
-        return False
+    def _schedule(self, variant: Variant) -> Schedule:
+        if variant not in self._schedules:
+            cache = self._caches.get(variant)
+            self._schedules[variant] = Schedule(variant, cache, self._max_batch_tokens)
+        return self._schedules[variant]
+
+    def _leave(self, waiter: Waiter, reason: str) -> None:
+        """It does not wait any more; what nobody waits for is dropped, once it is in no batch."""
+        for future in (waiter.first, waiter.result):
+            if not future.cancel() and not future.cancelled():
+                future.exception()  # another one's was raised, or will not be waited for
+        sequence = waiter.sequence
+        sequence.waiters.remove(waiter)  # or each would keep the other, and the rows, until memory is searched
+        if sequence not in self._unfinished:
+            return
+        self._waiting -= not sequence.begun
+        if not sequence.begun or not (sequence.waiters or sequence.running):
+            self.metrics.dropped(reason, 1)
+        if not sequence.waiters:
+            sequence.left = reason
+            if not sequence.running:
+                self._schedules[waiter.job.variant].remove(sequence)
+                self._forget(sequence)
+        self._wake.set()
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._unfinished.discard(sequence)
+        key = sequence.job.variant, tuple(sequence.job.ids)
+        if self._same.get(key) is sequence:
+            del self._same[key]
 
     async def _serve(self) -> None:
-        while self._open or self._queues or self._running:
-            while self._queues and self._free:
-                batch = self._next_batch()
-                batch.wide = batch.variant.wide and not self._queues and not self._running
-                task = asyncio.create_task(self._run_batch(batch))
-                self._running[task] = batch
+        while self._open or self._unfinished:
+            while self._free and (batch := self._next_batch()):
+                wide = self._is_wide(batch)
+                task = asyncio.create_task(self._run_batch(batch, wide))
+                self._running[task] = wide
                 task.add_done_callback(self._ended)
             self._wake.clear()
             await self._wake.wait()
 
     @property
-    def _free(self) -> bool:
-        """Whether a lane is."""
-        return len(self._running) < self._lanes and not any(batch.wide for batch in self._running.values())
+    def _free(self) -> int:
+        """Lanes that are."""
+        return 0 if any(self._running.values()) else self._lanes - len(self._running)
+
+    def _next_batch(self) -> Batch:
+        """The next one of the variant whose turn it is; empty where nothing can be computed now."""
+        ready = [variant for variant, schedule in self._schedules.items() if schedule]
+        for variant in ready:
+            schedule = self._schedules[variant]
+            if batch := schedule.next_batch(max(1, self._free - len(ready) + 1)):
+                self._schedules[variant] = self._schedules.pop(variant)  # at the end: the other variants come first
+                for sequence, _ in batch:
+                    self._begin(sequence)
+                return batch
+        return []
+
+    def _begin(self, sequence: Sequence) -> None:
+        sequence.running = True
+        if not sequence.begun:
+            sequence.begun = True
+            self._waiting -= len(sequence.waiters)
+            self.metrics.began(sequence.job.variant.name, sequence.cached)
+
+    def _is_wide(self, batch: Batch) -> bool:
+        variant = batch[0][0].job.variant
+        if self._running or any(self._schedules.values()):
+            return False
+        return variant.faster_wide(sum(variant.tokens_of(piece) for _, piece in batch))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
         self._wake.set()
 
-    def _next_batch(self) -> _Batch:
-        """The longest-waiting job of the variant whose turn it is, with those nearest to it in length."""
-        variant = next(iter(self._queues))
-        queue = self._queues.pop(variant)
-        groups: dict[tuple[int, ...], list[_Waiting]] = {}
-        for waiting in queue:
-            groups.setdefault(waiting.ids, []).append(waiting)
-        first = len(queue[0].ids)
-        longest, tokens, taken = 0, 0, set[tuple[int, ...]]()
-        for ids in sorted(groups, key=lambda ids: abs(len(ids) - first)):
-            longest, tokens = max(longest, len(ids)), tokens + len(ids)
-            padded = longest * (len(taken) + 1)
-            too_much = padded > self._max_batch_tokens or padded - tokens > max(PADDING * tokens, FREE_PADDING)
-            if taken and (too_much or len(taken) == MAX_ROWS):
-                break
-            taken.add(ids)
-        if left := [waiting for waiting in queue if waiting.ids not in taken]:
-            self._queues[variant] = left  # at the end: the other variants come first
-        return _Batch(variant, {ids: group for ids, group in groups.items() if ids in taken})
-
-    async def _run_batch(self, batch: _Batch) -> None:
-        variant, asked = batch.variant, list(batch.prompts)
-
-        def compute() -> tuple[float, list[Row], float]:
-            start = perf_counter()
-            rows = variant.run(asked, batch.top_k, batch.wide)
-            return start, rows, perf_counter()
-
+    async def _run_batch(self, batch: Batch, wide: bool) -> None:
+        schedule = self._schedules[batch[0][0].job.variant]
         try:
-            start, rows, end = await asyncio.get_running_loop().run_in_executor(self._threads, compute)
-            if len(rows) != len(asked):
-                raise ValueError(f"variant {variant.name!r} gives {len(rows)} rows for {len(asked)} prompts")
+            loop = asyncio.get_running_loop()
+            start, answers, end = await loop.run_in_executor(self._threads, _compute, batch, schedule, wide)
         except Exception as error:
-            for waiting in itertools.chain(*batch.prompts.values()):
-                if not waiting.future.done():
-                    waiting.future.set_exception(error)
-            return
-        finally:
-            groups, batch.prompts = list(batch.prompts.values()), {}  # nobody joins it from here on
-        self._job_s += 0.1 * ((end - start) / len(asked) / self._lanes - self._job_s)
-        lengths = list(map(len, asked))
-        self.metrics.computed(variant.name, lengths, padded=len(asked) * max(lengths))
-        for group, row in zip(groups, rows, strict=True):
-            for waiting in group:
-                if not waiting.future.done():  # its caller may have left
-                    queued = max(0.0, start - waiting.since)  # one that joined later waited for no lane
-                    waiting.future.set_result(Done(row, queued, end - max(start, waiting.since), end))
+            start, answers, end = 0.0, [error] * len(batch), 0.0
+        else:
+            self._count(batch, end - start)
+        for (sequence, piece), answer in zip(batch, answers, strict=True):
+            sequence.running = False
+            sequence.started = sequence.started or start
+            if not isinstance(answer, Exception):
+                schedule.computed(sequence, piece)
+            self._after(sequence, schedule, answer, end)
+
+    def _count(self, batch: Batch, seconds: float) -> None:
+        variant = batch[0][0].job.variant
+        tokens = sum(variant.tokens_of(piece) for _, piece in batch)
+        generated = sum(piece.rows for sequence, piece in batch if sequence.prefilled)
+        padding = 0
+        if not variant.cached:
+            padding = sum(piece.rows for _, piece in batch) * max(len(piece.ids) for _, piece in batch) - tokens
+        self._token_s += 0.1 * (seconds / tokens / self._lanes - self._token_s)
+        self.metrics.computed(variant.name, len(batch), tokens - generated, generated, padding)
+
+    def _after(self, sequence: Sequence, schedule: Schedule, answer: Answer, at: float) -> None:
+        """What becomes of a sequence whose batch ended at `at`."""
+        goes_on = not sequence.prefilled or (isinstance(answer, int) and sequence.may_go_on)
+        if isinstance(answer, Exception) or not goes_on or sequence.left:
+            schedule.end(sequence)
+            self._forget(sequence)
+            if goes_on and not isinstance(answer, Exception):
+                self.metrics.dropped(sequence.left, 1)
+        else:
+            if sequence.prefilled and isinstance(answer, int):
+                sequence.ids.append(answer)
+            schedule.add(sequence)
+        for waiter in sequence.waiters:
+            if isinstance(answer, Exception):
+                waiter.fail(answer)
+                continue
+            start = max(sequence.started, waiter.since)  # one that joined later waited for no lane
+            row = answer if isinstance(answer, Row) else None
+            done = Done(row, start - waiter.since, at - start, at, sequence.cached)
+            if sequence.read:
+                waiter.give(waiter.first, done)
+            if not goes_on:
+                waiter.give(waiter.result, done)
+
+
+def _compute(batch: Batch, schedule: Schedule, wide: bool) -> tuple[float, list[Answer], float]:
+    """In a lane: when it began, what each sequence's rows are or its reader says of them, when it ended."""
+    start = perf_counter()
+    variant = batch[0][0].job.variant
+    pieces = [piece for _, piece in batch]
+    top_k = max(sequence.top_k for sequence, _ in batch)
+    found = variant.compute(pieces, top_k, schedule.cache.pool if schedule.cache else None, wide)
+    for piece, rows in zip(pieces, found, strict=True):
+        if len(rows.logits) != piece.rows:
+            raise ValueError(f"variant {variant.name!r} gives {len(rows.logits)} rows where {piece.rows} are asked")
+    answers = [_answer(sequence, rows) for (sequence, _), rows in zip(batch, found, strict=True)]
+    return start, answers, perf_counter()
+
+
+def _answer(sequence: Sequence, rows: Rows) -> Answer:
+    reader = sequence.job.reader
+    if reader is None:
+        return rows.last if len(rows.logits) else None
+    if not len(rows.logits):
+        return None
+    try:
+        token = reader.read(rows.top(reader.top_k))
+        return None if token is None else int(token)
+    except Exception as error:
+        return error

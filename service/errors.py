@@ -72,15 +72,25 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def answer(error: HTTPException, path: str) -> Response:
-    """The error as a response in the shape of the route at `path`."""
+def defect(request_id: str) -> ApiError:
+    """What a caller is told of an exception that nobody foresaw."""
+    return ApiError("internal", f"this is a defect of ours; report it with request id {request_id}")
+
+
+def fields(error: HTTPException) -> dict[str, Any]:
+    """What `error` holds in an answer's JSON."""
     if isinstance(error, ApiError):
         kind, message, param = error.kind, error.detail, error.param
     else:
         kind, param = _KIND.get(error.status_code, "internal"), None
         message = error.detail if error.__cause__ is None else f"the body cannot be read: {error.__cause__}"
-    body = {"message": message, "type": kind, "param": param, "code": error.status_code}
-    shape = message if path == "/v2" or path.startswith("/v2/") else body
+    return {"message": message, "type": kind, "param": param, "code": error.status_code}
+
+
+def answer(error: HTTPException, path: str) -> Response:
+    """The error as a response in the shape of the route at `path`."""
+    body = fields(error)
+    shape = body["message"] if path == "/v2" or path.startswith("/v2/") else body
     return Response(
         json.dumps({"error": shape}, ensure_ascii=False).encode(),
         status_code=error.status_code,
@@ -100,7 +110,9 @@ def from_validation(error: RequestValidationError) -> ApiError:
         return Invalid("the body was not read: send it with `content-type: application/json`")
     if len(place) == 1:
         what = {"missing": "is empty", "model_attributes_type": f"is {shown(value)}"}.get(kind)
-        return Invalid(f"the body {what}; send a JSON object" if what else first["msg"])
+        return Invalid(
+            f"the body {what}; send a JSON object" if what else first["msg"], first.get("ctx", {}).get("param")
+        )
     param = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in place[1:]).removeprefix(".")
     got = "" if kind == "missing" else f"; got {shown(value)}"
     return Invalid(f"{param}: {first['msg']}{got}", param)

@@ -13,7 +13,7 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import STATUS, ApiError, answer, shown
+from service.errors import STATUS, ApiError, answer, defect, shown
 from service.metrics import NONE, OTHER, Metrics
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class Frame:
             if not isinstance(error, ApiError):
                 name = request_id.decode()
                 log.exception("request %s failed: %s %s", name, scope["method"], shown(scope["path"]))
-                error = ApiError("internal", f"this is a defect of ours; report it with request id {name}")
+                error = defect(name)
             if status:
                 raise
             await answer(error, scope["path"])(scope, receive, send_framed)

@@ -422,9 +422,9 @@ def _prompts(values: Mapping[str, list[int]], rows: int, columns: int, variant: 
 async def _packed(asked: _Asked, variant: Variant, done: Sequence[Done], id_: str) -> Response:
     """The answer: its JSON object, then the tensors that were asked for in binary."""
     for each in done:
-        if not np.isfinite(each.row.entropy_bits).all():
+        if not np.isfinite(each.only.entropy_bits).all():
             raise ApiError("internal", f"variant {variant.name!r} gives no finite probabilities for this prompt")
-    tensors = {name: [getattr(each.row, name) for each in done] for name in asked.binary}  # B rows of [V]
+    tensors = {name: [getattr(each.only, name) for each in done] for name in asked.binary}  # B rows of [V]
     head = {"model_name": variant.name, "model_version": VERSION, "id": id_}
     as_json = sum(row.size for name, rows in tensors.items() if not asked.binary[name] for row in rows)
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+from service.prefix_cache import PrefixCache
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
 SEVERAL = "*"  # the model of a request that names more than one; no bundle can be called so
@@ -38,43 +40,62 @@ class EngineMetrics:
     def __init__(self) -> None:
         self._prompts = Histogram(
             "actuary_batch_prompts",
-            "Prompts that were computed together; its count is that of batches.",
+            "Sequences that were computed together; its count is that of batches.",
             ["model"],
             buckets=PROMPTS,
             registry=None,
         )
         self._tokens = Counter(
             "actuary_tokens",
-            "Tokens that were computed: of prompts, and padding; the share of padding is its part of both.",
+            "Tokens that were computed: of prompts, generated ones, and padding; and those cached, which were not. The "
+            "share of hits is that of cached in cached and prompt.",
             ["model", "kind"],
             registry=None,
         )
+        self._evicted = Counter(
+            "actuary_cache_evicted_tokens", "Tokens that left the cache for others.", ["model"], registry=None
+        )
         self._dropped = Counter(
             "actuary_dropped_prompts",
-            "Prompts that left the queue uncomputed: client_gone, timeout, or failed with another of their request.",
+            "Prompts that were not computed to the end: client_gone, timeout, or failed with others of their request.",
             ["reason"],
             registry=None,
         )
         self._refused = Counter(
             "actuary_refused_prompts", "Prompts that were answered 429, since the queue was full.", registry=None
         )
-        self.all = (self._prompts, self._tokens, self._dropped, self._refused)
+        self._waiting = Gauge("actuary_queue_prompts", "Prompts that wait.", registry=None)
+        self._running = Gauge(
+            "actuary_running_sequences", "Prompts that are computed or generated from.", registry=None
+        )
+        self._slots = Gauge(
+            "actuary_cache_slots",
+            "Of the cache, a token each: used, by sequences or to be found again; and all.",
+            ["model", "kind"],
+            registry=None,
+        )
+        counted = (self._prompts, self._tokens, self._evicted, self._dropped, self._refused)
+        self.all = (*counted, self._waiting, self._running, self._slots)
         self._batch = functools.cache(
             lambda model: (
                 self._prompts.labels(model),
-                self._tokens.labels(model, "prompt"),
-                self._tokens.labels(model, "padding"),
+                [self._tokens.labels(model, kind) for kind in ("prompt", "generated", "padding", "cached")],
             )
         )
+        self._evicted_before: dict[str, int] = {}
         for reason in ("client_gone", "timeout", "failed"):
             self._dropped.labels(reason)  # 0 until it happens
 
-    def computed(self, model: str, lengths: Sequence[int], padded: int) -> None:
-        """A batch of prompts of so many tokens each, that were computed as `padded` tokens."""
-        prompts, tokens, padding = self._batch(model)
-        prompts.observe(len(lengths))
-        tokens.inc(sum(lengths))
-        padding.inc(padded - sum(lengths))
+    def computed(self, model: str, sequences: int, prompt: int, generated: int, padding: int) -> None:
+        """A batch of so many sequences, and its tokens."""
+        size, kinds = self._batch(model)
+        size.observe(sequences)
+        for kind, tokens in zip(kinds, (prompt, generated, padding), strict=False):
+            kind.inc(tokens)
+
+    def began(self, model: str, cached: int) -> None:
+        """A prompt, of which so many tokens were found computed."""
+        self._batch(model)[1][-1].inc(cached)
 
     def dropped(self, reason: str, prompts: int) -> None:
         if prompts:
@@ -83,11 +104,22 @@ class EngineMetrics:
     def refused(self, prompts: int) -> None:
         self._refused.inc(prompts)
 
+    def now(self, waiting: int, running: int, caches: Mapping[str, PrefixCache]) -> None:
+        """How things are at a scrape; with each model's cache."""
+        self._waiting.set(waiting)
+        self._running.set(running)
+        for model, cache in caches.items():
+            self._slots.labels(model, "used").set(cache.used)
+            self._slots.labels(model, "all").set(cache.slots)
+            self._evicted.labels(model).inc(cache.evicted - self._evicted_before.get(model, 0))
+            self._evicted_before[model] = cache.evicted
+
 
 class Metrics:
     """Everything at /metrics: requests, the engine's counters, the process."""
 
-    def __init__(self, engine: EngineMetrics, waiting: Callable[[], int]) -> None:
+    def __init__(self, engine: EngineMetrics, tell: Callable[[], None]) -> None:
+        """`tell` brings the engine's up to date."""
         self._registry = CollectorRegistry()
         requests = Counter(
             "actuary_requests",
@@ -115,8 +147,7 @@ class Metrics:
         self._stages = functools.cache(
             lambda model: tuple(stages.labels(stage, model) for stage in ("tokenize", "queue", "infer"))
         )
-        self._waiting = waiting
-        self._queue = Gauge("actuary_queue_prompts", "Prompts that wait.", registry=self._registry)
+        self._tell = tell
         for collector in engine.all:
             self._registry.register(collector)
         ProcessCollector(registry=self._registry)  # memory, processor time and open files; on Linux
@@ -136,5 +167,5 @@ class Metrics:
 
     async def text(self) -> bytes:
         """What a scrape answers; in a thread, since six variants on five routes took 11 ms."""
-        self._queue.set(self._waiting())  # here, where nothing changes the queue meanwhile
+        self._tell()  # here, where nothing changes the queue meanwhile
         return await asyncio.to_thread(prometheus_client.generate_latest, self._registry)

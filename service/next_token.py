@@ -199,7 +199,7 @@ _dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", 
 
 def _result(item: _Item, done: Done, arrived: float) -> dict[str, Any]:
     """One prompt under one variant."""
-    variant, row = item.job.variant, done.row
+    variant, row = item.job.variant, done.only
     manifest, vocabulary = variant.manifest, variant.vocabulary
     if not np.isfinite(row.entropy_bits).all():
         raise ApiError("internal", f"variant {variant.name!r} gives no finite probabilities for this prompt")

@@ -94,7 +94,13 @@ def _items(value: Any) -> list[str | list[int]]:
     raise PydanticCustomError("items", "must be a text, a list of texts, or a list of lists of whole token ids")
 
 
-class _Request(BaseModel):
+Prompts = Annotated[
+    list[str | list[int]],
+    PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+
+
+class Request(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True)
 
     @model_validator(mode="before")
@@ -114,7 +120,7 @@ class _Request(BaseModel):
         return {field: value for field, value in data.items() if value is not None}
 
 
-class NextTokenRequest(_Request):
+class NextTokenRequest(Request):
     """The next token of each prompt, under each variant."""
 
     model_config = ConfigDict(
@@ -128,10 +134,7 @@ class NextTokenRequest(_Request):
     model: Annotated[list[str], PlainValidator(_models, json_schema_input_type=str | list[str])] = Field(
         description='A variant\'s name, several, or "*" for all of them.'
     )
-    prompt: Annotated[
-        list[str | list[int]],
-        PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
-    ] = Field(description="One prompt or several, as text or as token ids.")
+    prompt: Prompts = Field(description="One prompt or several, as text or as token ids.")
     top_k: int = Field(10, ge=0, description="How many of the likeliest tokens, up to all.")
     tokens: Annotated[list[str | int], PlainValidator(_tokens, json_schema_input_type=list[str | int])] = Field(
         default=[], description="Tokens to report besides: an id, or a text that is exactly one token."
@@ -198,7 +201,7 @@ class NextTokenAnswer(BaseModel):
     usage: Usage
 
 
-class ScoreRequest(_Request):
+class ScoreRequest(Request):
     """How likely each label is as the next token after query + item, for each item."""
 
     model_config = ConfigDict(
@@ -240,7 +243,7 @@ class ScoreAnswer(BaseModel):
     usage: Usage
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(Request):
     """One text to token ids."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "if x is not", "add_special_tokens": False}]})
@@ -258,7 +261,7 @@ class TokenizeAnswer(BaseModel):
     token_strs: list[str] | None = None
 
 
-class DetokenizeRequest(_Request):
+class DetokenizeRequest(Request):
     """Token ids to one text."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [0, 17]}]})

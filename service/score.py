@@ -43,7 +43,7 @@ async def score(asked: ScoreRequest, library: Library, engine: Engine, settings:
     tokens = sum(map(len, prompts))
 
     def answer() -> bytes:
-        scores = [_scores(each.row, asked, variant) for each in done]
+        scores = [_scores(each.only, asked, variant) for each in done]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         fields = {"object": "scoring", "model": variant.name, "scores": scores, "usage": usage}
         return json.dumps(fields, allow_nan=False).encode()

@@ -6,6 +6,8 @@ A variant is only made from a graph that keeps the contract of export/bundle.py 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from actuary import BadInput
 from export import bundle, onnx_file
-from export.audit import RUNS, Audit, audit, check_file, check_placement
+from export.audit import CPU, RUNS, Audit, audit, check_file, check_placement
 from export.bundle import Manifest
 from service.runtime import Runtime
 from service.vocabulary import Vocabulary
@@ -26,9 +28,18 @@ from service.vocabulary import Vocabulary
 # Types and ranks that the graph must have.
 _INPUTS = {bundle.INPUT_IDS: ("int64", 2), bundle.LENGTHS: ("int64", 1), bundle.TOP_K: ("int64", 1)}
 _OUTPUTS = dict.fromkeys(bundle.OUTPUTS, ("float", 2)) | {bundle.TOP_IDS: ("int64", 2)}
+# And those that it must have besides, where it has a cache.
+_CACHE_INPUTS = {
+    bundle.PAST: ("float", 3),
+    bundle.PAST_SLOTS: ("int64", 2),
+    bundle.PAST_LENGTHS: ("int64", 1),
+    bundle.ROWS: ("int64", 1),
+}
+_CACHE_OUTPUTS = {bundle.PRESENT: ("float", 3)}
 
-WIDE_TOKENS, WIDE_ROUNDS = 128, 5  # of the prompt that is timed on one core and on all, and how often
+WIDE_TOKENS, WIDE_ROUNDS = (1, 16, 128), 5  # of the prompts that are timed on one core and on all, and how often
 WIDE_GAIN = 0.85  # of the time on one core: for less, a second session is not worth its memory
+ROW_BYTES = 3 * 4  # for each token of the vocabulary: logit, softmax, sigmoid
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,38 @@ class Row:
     entropy_bits: NDArray[np.float32]  # [2]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The same after R consecutive tokens of one sequence."""
+
+    logits: NDArray[np.float32]  # [R, V]
+    softmax: NDArray[np.float32]  # [R, V]
+    sigmoid: NDArray[np.float32]  # [R, V]
+    top_ids: NDArray[np.int64]  # [R, K]
+    mass: NDArray[np.float32]  # [R, 2]
+    entropy_bits: NDArray[np.float32]  # [R, 2]
+
+    @property
+    def last(self) -> Row:
+        return Row(
+            self.logits[-1], self.softmax[-1], self.sigmoid[-1], self.top_ids[-1], self.mass[-1], self.entropy_bits[-1]
+        )
+
+    def top(self, top_k: int) -> Rows:
+        """With no more than so many `top_ids`."""
+        return dataclasses.replace(self, top_ids=self.top_ids[:, :top_k])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens of one sequence that are computed in one batch, after those that the pool has."""
+
+    ids: Sequence[int]
+    past: NDArray[np.int64]  # slots of the tokens before them
+    slots: NDArray[np.int64]  # where to store theirs; empty: nowhere
+    rows: int  # so many rows are asked: those after the last tokens
+
+
 @dataclass(frozen=True, eq=False)
 class Variant:
     """One served model."""
@@ -53,26 +96,119 @@ class Variant:
     provider: str
     unfused: str  # why its activation runs as standard operators; empty where it runs our kernel
     audit: Audit
-    wide_session: Any = None  # the same on all lanes' cores at once; None where that is no faster
+    wide_session: Any = None  # the same on all lanes' cores at once; None where that is never faster
+    wide_from: int = 0  # tokens of a batch for which it is faster, and more
 
     @property
     def name(self) -> str:
         return self.manifest.name
 
     @property
-    def wide(self) -> bool:
-        """Whether a batch that is alone is faster on all cores."""
-        return self.wide_session is not None
+    def context(self) -> int:
+        return self.manifest.context
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory of one row."""
+        return ROW_BYTES * self.manifest.vocab_size
+
+    @functools.cached_property
+    def _past(self) -> Any:
+        """The graph's input for its pool; None where it has none."""
+        return next((value for value in self.session.get_overridable_initializers() if value.name == bundle.PAST), None)
+
+    @functools.cached_property
+    def cached(self) -> bool:
+        """Whether the graph computes packed tokens after those of a pool, and gives several rows of a prompt."""
+        return self._past is not None
+
+    @property
+    def pool_shape(self) -> tuple[int, int] | None:
+        """L and W of its pool [L, S, W]; None where it has none, or would have to be copied to a device each time."""
+        return (self._past.shape[0], self._past.shape[2]) if self.cached and self.provider == CPU else None
+
+    def faster_wide(self, tokens: int) -> bool:
+        """Whether a batch of so many tokens, where it is alone, is faster on all cores."""
+        return self.wide_session is not None and tokens >= self.wide_from
+
+    def tokens_of(self, piece: Piece) -> int:
+        """Tokens that a piece costs."""
+        if self.cached:
+            return len(piece.ids)
+        return sum(range(len(piece.ids) - piece.rows + 1, len(piece.ids) + 1))
 
     def run(self, prompts: Sequence[Sequence[int]], top_k: int, wide: bool = False) -> list[Row]:
         """B prompts of 1 to `context` ids each -> B rows, with K = top_k. Blocks; safe from any thread."""
-        lengths = np.fromiter(map(len, prompts), np.int64, len(prompts))
-        ids = np.zeros((len(prompts), lengths.max()), np.int64)  # [B, T], padded on the right
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        feeds = {bundle.INPUT_IDS: ids, bundle.LENGTHS: lengths, bundle.TOP_K: np.array([top_k])}
+        nowhere = np.empty(0, np.int64)
+        pieces = [Piece(ids, nowhere, nowhere, 1) for ids in prompts]
+        return [rows.last for rows in self.compute(pieces, top_k, None, wide) if len(rows.logits)]
+
+    def compute(
+        self, pieces: Sequence[Piece], top_k: int, pool: NDArray[np.float32] | None = None, wide: bool = False
+    ) -> list[Rows]:
+        """The rows of each piece, with K = top_k; of its tokens, keys and values go to their slots of the pool.
+
+        Blocks; safe from any thread, as long as no two write the same slots.
+        """
         session = self.wide_session if wide else self.session
-        return [Row(*arrays) for arrays in zip(*session.run(bundle.OUTPUTS, feeds), strict=True)]
+        if not self.cached:
+            return _as_prompts(session, pieces, top_k)
+        feeds = _feeds([piece.ids for piece in pieces], top_k)
+        if longest := max(piece.past.size for piece in pieces):
+            feeds[bundle.PAST] = pool
+            feeds[bundle.PAST_LENGTHS] = np.array([piece.past.size for piece in pieces])
+            feeds[bundle.PAST_SLOTS] = past = np.zeros((len(pieces), longest), np.int64)
+            for slots, piece in zip(past, pieces, strict=True):
+                slots[: piece.past.size] = piece.past
+        # The graph gives each piece's last row by itself; where more are asked, that one is asked with them, so that
+        # they stand together and need not be copied.
+        ends = np.cumsum([len(piece.ids) for piece in pieces])
+        several = [np.arange(end - piece.rows, end) for piece, end in zip(pieces, ends, strict=True) if piece.rows > 1]
+        if several:
+            feeds[bundle.ROWS] = np.concatenate(several)
+        stored = any(piece.slots.size for piece in pieces)
+        found = session.run([*bundle.OUTPUTS, bundle.PRESENT] if stored else bundle.OUTPUTS, feeds)
+        if stored:
+            assert pool is not None
+            _store(pool, found.pop(), pieces, ends)
+        rows, next_of_several = [], len(pieces)
+        for at, piece in enumerate(pieces):
+            start = at if piece.rows < 2 else next_of_several
+            next_of_several += piece.rows if piece.rows > 1 else 0
+            rows.append(Rows(*(array[start : start + piece.rows] for array in found)))
+        return rows
+
+
+def _feeds(prompts: Sequence[Sequence[int]], top_k: int) -> dict[str, Any]:
+    """The inputs that every graph has."""
+    lengths = np.fromiter(map(len, prompts), np.int64, len(prompts))
+    ids = np.zeros((len(prompts), lengths.max()), np.int64)  # [B, T], padded on the right
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return {bundle.INPUT_IDS: ids, bundle.LENGTHS: lengths, bundle.TOP_K: np.array([top_k])}
+
+
+def _as_prompts(session: Any, pieces: Sequence[Piece], top_k: int) -> list[Rows]:
+    """For a graph without a cache, which gives one row a prompt: every row asked is a prompt of its own."""
+    ends = [(piece.ids, end) for piece in pieces for end in range(len(piece.ids) - piece.rows, len(piece.ids))]
+    found = session.run(bundle.OUTPUTS, _feeds([ids[: end + 1] for ids, end in ends], top_k))
+    starts = np.cumsum([0, *(piece.rows for piece in pieces)])
+    return [Rows(*(array[start:end] for array in found)) for start, end in itertools.pairwise(starts)]
+
+
+def _store(
+    pool: NDArray[np.float32], present: NDArray[np.float32], pieces: Sequence[Piece], ends: NDArray[np.int64]
+) -> None:
+    """present [L, N, W] into its slots. One copy: 36 us for 64 tokens at L = 6, W = 768, 25 where slots are in line."""
+    slots = np.concatenate([piece.slots for piece in pieces])
+    if slots.size < present.shape[1]:  # some are stored nowhere
+        kept = [np.arange(end - piece.slots.size, end) for piece, end in zip(pieces, ends, strict=True)]
+        present = present[:, np.concatenate(kept)]
+    first, last = int(slots[0]), int(slots[-1])
+    if last - first == slots.size - 1 and (slots[1:] > slots[:-1]).all():
+        pool[:, first : last + 1] = present
+    else:
+        pool[:, slots] = present
 
 
 def open_variant(folder: Path, runtime: Runtime, vocabulary: Callable[[Path, str], Vocabulary]) -> Variant:
@@ -100,16 +236,21 @@ def open_variant(folder: Path, runtime: Runtime, vocabulary: Callable[[Path, str
     _check_signature("output", _OUTPUTS, session.get_outputs())
     unfused = _unfused(found, runtime.unfused(manifest.activation_info, manifest.precision))
     variant = Variant(manifest, tokenizer, session, found.provider, unfused, found)
+    if variant.cached:
+        _check_signature("input", _CACHE_INPUTS, session.get_overridable_initializers())
+        _check_signature("output", _CACHE_OUTPUTS, session.get_outputs())
     _warm_up(variant)
     if runtime.lanes > 1:
         both = dataclasses.replace(variant, wide_session=opened(wide=True))
-        return both if _wide_is_faster(both) else variant
+        sizes = [tokens for tokens in reversed(WIDE_TOKENS) if tokens <= variant.context]
+        if faster := list(itertools.takewhile(lambda tokens: _wide_is_faster(both, tokens), sizes)):
+            return dataclasses.replace(both, wide_from=faster[-1])
     return variant
 
 
-def _wide_is_faster(variant: Variant) -> bool:
-    """Measured in turn, on one prompt of up to WIDE_TOKENS."""
-    prompt = [[0] * min(variant.manifest.context, WIDE_TOKENS)]
+def _wide_is_faster(variant: Variant, tokens: int) -> bool:
+    """Measured in turn, on one prompt."""
+    prompt = [[0] * tokens]
     taken: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(WIDE_ROUNDS + 1):
         for wide, times in taken.items():

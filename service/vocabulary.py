@@ -67,11 +67,29 @@ class Vocabulary:
         other threads run meanwhile, where `decode` holds the GIL (tokenizers 0.23.3).
         """
         (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=False)
-        if REPLACEMENT not in text or not isinstance(self._tokenizer.decoder, decoders.ByteLevel):
+        if REPLACEMENT not in text or not self._byte_level:
             return text, None
-        tokens = map(self.token_of, ids)  # one that is no byte-level spelling stands for itself, as in the decoder
-        data = b"".join(bytes(_bytes_in(token) or token.encode()) for token in tokens)
+        data = b"".join(self.bytes_of(id_) or b"" for id_ in ids)
         return text, None if data == text.encode() else list(data)
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        return isinstance(self._tokenizer.decoder, decoders.ByteLevel)
+
+    def bytes_of(self, id_: int) -> bytes | None:
+        """The bytes that one id stands for; None where it stands for text, in a vocabulary that is not byte-level."""
+        token = self.token_of(id_)
+        if self._byte_level:  # one that is no byte-level spelling stands for itself, as in the decoder
+            return bytes(_bytes_in(token) or token.encode())
+        fallback = _BYTE_FALLBACK.fullmatch(token)
+        return bytes([int(fallback[1], 16)]) if fallback else None
+
+    def around(self, text: str) -> tuple[int, int]:
+        """How many tokens the tokenizer puts before `text` and after it."""
+        (encoding,) = self._tokenizer.encode_batch_fast([text])
+        mask = encoding.special_tokens_mask
+        before = next((at for at, added in enumerate(mask) if not added), len(mask))
+        return before, next((at for at, added in enumerate(reversed(mask[before:])) if not added), 0)
 
     def token_of(self, id_: int) -> str:
         """How the vocabulary spells one id, as "\u0120None" for " None"; empty where it has no such id."""
@@ -86,6 +104,17 @@ class Vocabulary:
         if first != self.encode("a", special_tokens=False)[:1]:  # what it puts before a prompt is no guess
             found["bos_token"] = self.token_of(first[0])
         return {**found, "unk_token": getattr(self._tokenizer.model, "unk_token", None)}
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens, which are no part of a generated text."""
+        return frozenset(id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def eos_id(self) -> int | None:
+        """The id that ends a text; None where no token is known to."""
+        eos = self.special_tokens["eos_token"]
+        return None if eos is None else self._tokenizer.token_to_id(eos)
 
     def fewest_tokens(self, text: str) -> int:
         """How many tokens `text` has at least, known without tokenizing it, which costs 100 bytes per byte."""

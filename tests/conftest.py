@@ -73,6 +73,21 @@ def fused(tmp_path_factory: pytest.TempPathFactory):
             pytest.skip(str(error))
 
 
+@pytest.fixture
+def isa(request: pytest.FixtureRequest, fused):
+    """Runs one instruction set's loops, and puts back what ran before; None leaves all as it is."""
+    from actuary import BadInput
+    from export.ops import library
+
+    before = library.running_isa(fused)
+    try:
+        library.use_isa(fused, request.param or before)
+    except BadInput as error:
+        pytest.skip(str(error))
+    yield request.param
+    library.use_isa(fused, before)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -115,28 +130,34 @@ def server_url(bundles: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def client_python(pytestconfig: pytest.Config) -> Callable[[str], Path]:
-    """`client_python("kserve==1.2.3")`: the Python of an environment that holds that package and nothing of ours.
+def client_python(pytestconfig: pytest.Config) -> Callable[..., Path]:
+    """`client_python("kserve==1.2.3")`: the Python of an environment that holds these packages and nothing of ours.
 
-    It is kept in pytest's cache. Skips where the package registry does not answer.
+    With `torch=True` it sees the packages of this environment beneath its own, since what needs torch would download
+    another of up to 3 GB. It is kept in pytest's cache. Skips where the package registry does not answer.
     """
     import fcntl
     import hashlib
     import shutil
+    import sysconfig
     import venv
 
     cache = pytestconfig.cache.mkdir("client_python")
 
-    def make(requirement: str) -> Path:
-        folder = cache / hashlib.sha256(f"{sys.version} {sys.prefix} {requirement}".encode()).hexdigest()[:16]
+    def make(*requirements: str, torch: bool = False) -> Path:
+        key = f"{sys.version} {sys.prefix} {torch} {' '.join(requirements)}"
+        folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
         python, complete = folder / "bin" / "python", folder / "complete"
         with (cache / f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not complete.exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 venv.create(folder, symlinks=True)
+                if torch:  # pip finds what is there, and where it wants another version installs it in `folder`
+                    [packages] = folder.glob("lib/*/site-packages")
+                    (packages / "beneath.pth").write_text(sysconfig.get_path("purelib") + "\n")
                 # Not compiling what is never imported halves the time.
-                install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-compile", requirement]
+                install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-compile", *requirements]
                 done = subprocess.run([sys.executable, *install], capture_output=True, text=True, timeout=600)
                 if done.returncode and "Retrying (" in done.stderr:
                     pytest.skip(f"no package registry: {done.stderr.strip().splitlines()[-1]}")

@@ -75,8 +75,8 @@ KINDS = (
 CACHED = {"swiglu-ort", "swiglu-int8", "solu", "one-layer", "llama", "gpt2"}
 
 
-def inspected(folder: Path, ops: Path = NOWHERE) -> Inspection:
-    return inspect_bundle(folder, read_manifest(folder), "cpu", ops)
+def inspected(folder: Path, ops: Path = NOWHERE, loaded: bool = True) -> Inspection:
+    return inspect_bundle(folder, read_manifest(folder), "cpu", ops, loaded)
 
 
 def changed(folder: Path, to: Path, change: Callable[[onnx.ModelProto], object] = id, **manifest: object) -> Path:
@@ -189,9 +189,11 @@ def test_a_function_that_works_on_floats_in_one_call_does(tmp_path: Path):
         }  # fmt: skip
 
 
-def test_what_was_made_of_floats_counts_as_floating_point_work(kinds: Path):
+def test_what_was_made_of_floats_counts_as_floating_point_work(kinds: Path, tmp_path: Path):
     """An integer product is no shape arithmetic."""
-    file = onnx_file.read(kinds / "swiglu-int8" / bundle.MODEL)
+    inlined = onnx.inliner.inline_local_functions(onnx.load(kinds / "swiglu-int8" / bundle.MODEL))
+    onnx.save(inlined, tmp_path / bundle.MODEL)
+    file = onnx_file.read(tmp_path / bundle.MODEL)
     products = [node for node in file.nodes if node.op_type == "MatMulInteger"]
     assert products
     assert all(map(file.works_on_floats, products))
@@ -215,10 +217,9 @@ def test_what_is_no_model_is_refused(kinds: Path, tmp_path: Path):
 def test_the_audit_lists_the_nodes_that_run(kinds: Path, fused: library.Library, name: str):
     for ops in (None, fused.path.parent):
         found = inspected(kinds / name, ops or NOWHERE)
-        registered = ops if not found.unfused else None
         ran = Counter(
             (event["args"]["op_name"], event["args"]["provider"])
-            for event in profiled(kinds / name / bundle.MODEL, registered)
+            for event in profiled(kinds / name / bundle.MODEL, ops)
         )
         assert Counter((node.op_type, node.provider) for node in found.audit.nodes) == ran
         assert found.audit.counts == {CPU: ran.total()}
@@ -228,14 +229,21 @@ def test_the_audit_lists_the_nodes_that_run(kinds: Path, fused: library.Library,
 @pytest.mark.parametrize("name", ["swiglu-ort", "swiglu-portable", "swiglu-int8", "swiglu-fp16", "one-layer"])
 def test_what_is_ours_is_fused_where_its_kernel_is_and_inlined_where_not(kinds: Path, fused: library.Library, name):
     folder, manifest = kinds / name, read_manifest(kinds / name)
-    attention = {"CachedAttention": manifest.layers - 1, "CachedAttentionOfRows": 1} if name in CACHED else {}
+    blocks, int8 = manifest.layers, "int8" in name
+    expected = Counter({manifest.activation: blocks})
+    if name in CACHED:
+        expected |= Counter({"CachedAttention": blocks - 1, "CachedAttentionOfRows": 1})
     for ops, runs in ((fused.path.parent, "fused"), (NOWHERE, "inlined")):
         found = inspected(folder, ops)
         assert found.audit.activation == runs
-        assert found.audit.attention == (runs if attention else None)
+        assert found.audit.attention == (runs if name in CACHED else None)
+        assert found.audit.products == (runs if int8 else None)
         assert bool(found.unfused) == (runs == "inlined")
         ours = Counter(node.op_type for node in found.audit.nodes if node.domain == bundle.DOMAIN)
-        assert ours == (Counter({manifest.activation: manifest.layers} | attention) if runs == "fused" else Counter())
+        products = sum(ours.pop(name, 0) for name in bundle.PRODUCTS)
+        assert ours == (expected if runs == "fused" else Counter())
+        # qkv, of the last block q and kv; out, up, down; and the head
+        assert products == (4 * blocks + 2 if runs == "fused" and int8 else 0)
 
 
 def test_the_one_may_run_fused_and_the_other_not(kinds: Path):
@@ -243,10 +251,30 @@ def test_the_one_may_run_fused_and_the_other_not(kinds: Path):
     file = onnx_file.read(kinds / "swiglu-ort" / bundle.MODEL)
     kept = [Assigned(n.name, n.domain, n.op_type, CUDA) for n in file.nodes if n.op_type not in bundle.ATTENTION]
     found = audit_of(kept, file, "fp32", CUDA)
-    assert (found.activation, found.attention) == ("fused", "inlined")
+    assert (found.activation, found.attention, found.products) == ("fused", "inlined", None)
     kept = [Assigned(n.name, n.domain, n.op_type, CPU) for n in file.nodes if n.op_type != "swiglu"]
     found = audit_of(kept, file, "fp32", CPU)
-    assert (found.activation, found.attention) == ("inlined", "fused")
+    assert (found.activation, found.attention, found.products) == ("inlined", "fused", None)
+
+
+def test_attention_and_int8_products_run_fused_where_the_activation_never_does(
+    fused: library.Library, tmp_path: Path, tiny_checkpoint: Callable
+):
+    """The library is registered for them alone; and not where it has another formula of the activation."""
+    folder, _ = export_bundle(tiny_checkpoint("solu"), tmp_path, precision="int8")
+    found = inspected(folder, fused.path.parent)
+    assert (found.audit.activation, found.audit.attention, found.audit.products) == ("inlined", "fused", "fused")
+    assert sum(node.op_type in bundle.PRODUCTS for node in found.audit.nodes) == 10
+    opened = Runtime("cpu", 1, fused.path.parent).open(folder / bundle.MODEL, read_manifest(folder).activation_info)
+    assert (
+        audit.audit(opened, onnx_file.read(folder / bundle.MODEL), "int8").nodes
+        == inspected(folder, fused.path.parent, loaded=False).audit.nodes
+    )
+    assert fused.fits("solu", "any", cuda=False)
+    assert fused.fits("gelu", fused.activations["gelu"], cuda=False)
+    assert not fused.fits("gelu", "another", cuda=False)
+    assert not fused.fits("gelu", "", cuda=False)
+    assert not fused.fits("solu", "any", cuda=True)
 
 
 def test_an_activation_over_the_hidden_axis_is_never_fused(kinds: Path, fused: library.Library):
@@ -670,18 +698,22 @@ def test_grouped_queries_and_biases_show(kinds: Path, fused: library.Library):
     assert gpt2["ffn_norm"] == "SkipLayerNormalization"
 
 
-def test_flavours_and_precisions_show(kinds: Path):
+def test_flavours_and_precisions_show(kinds: Path, fused: library.Library):
     ort, before, portable, int8 = (
-        rows(draw_block(inspected(kinds / f"swiglu-{kind}"), read_manifest(kinds / f"swiglu-{kind}")))
+        rows(
+            draw_block(inspected(kinds / f"swiglu-{kind}", fused.path.parent), read_manifest(kinds / f"swiglu-{kind}"))
+        )
         for kind in ("ort", "before", "portable", "int8")
     )
-    assert ort["attention"].startswith("Split x4, Reshape x6, ")
-    assert ort["attention"].endswith("MatMul x2, Where, Softmax, Compress")
+    assert ort["attention"] == int8["attention"] == "ai.actuary::CachedAttention"
+    inlined = rows(draw_block(inspected(kinds / "swiglu-ort"), read_manifest(kinds / "swiglu-ort")))["attention"]
+    assert inlined.startswith("Split x4, Reshape x6, ")
+    assert inlined.endswith("MatMul x2, Where, Softmax, Compress")
     assert "GroupQueryAttention" in before["attention"]
     assert "Softmax" in portable["attention"]
     assert ort["ffn_norm"] == "SkipSimplifiedLayerNormalization"
     assert portable["ffn_norm"] == "SimplifiedLayerNormalization"
-    assert int8["up"].startswith("DynamicQuantizeMatMul [32x")
+    assert int8["up"] == f"{bundle.DOMAIN}::RmsNormInt8Linear [32x176]"
     solu = rows(draw_block(inspected(kinds / "solu"), read_manifest(kinds / "solu")))["solu"]
     assert solu.startswith("inlined: Softmax, Mul")
 

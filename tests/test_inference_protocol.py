@@ -271,9 +271,9 @@ def test_it_shares_batches_with_next_token(bundles: Path) -> None:
         engine, batches = app.state.service.engine, []
         run_batch = engine._run_batch
 
-        async def counted(batch):
-            batches.append(len(batch.prompts))
-            await run_batch(batch)
+        async def counted(batch, wide):
+            batches.append(len(batch))
+            await run_batch(batch, wide)
 
         engine._run_batch = counted
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x")
@@ -544,7 +544,7 @@ def test_a_full_queue_says_when_to_come_back(bundles: Path) -> None:
     settings = Settings(bundles=bundles, provider="cpu", threads=1, max_queue=4, max_prompts=4)
     app = create_app(settings)
     with TestClient(app) as client:
-        app.state.service.engine._max_queue = 2
+        app.state.service.engine._waiting = 4
         response = client.post(INFER, json={"inputs": [IDS, LENGTHS]})
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1
@@ -664,7 +664,7 @@ STOCK_PROMPTS = [[5, 6, 7], [8, 9]]
 def test_stock_clients_work_unmodified(
     server_url: str,
     bound: float,
-    client_python: Callable[[str], Path],
+    client_python: Callable[..., Path],
     package: str,
     script: str,
     scheme: str,

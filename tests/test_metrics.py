@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import numpy as np
 import psutil
 import pytest
 from conftest import serving
@@ -19,10 +20,12 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app
-from service.engine import Engine, Job
+from service.engine import Engine, Job, Rows
 from service.errors import ApiError
 from service.metrics import NONE, SEVERAL, Metrics, model_label
+from service.prefix_cache import PrefixCache
 from service.settings import Settings
+from service.variant import Piece
 
 LIMIT_S = 10
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -156,29 +159,58 @@ def test_batches_tokens_and_padding_are_counted(client: TestClient) -> None:
     assert scrape("actuary_batch_prompts_bucket", model="gelu", le="2.0") == 0
     assert scrape("actuary_batch_prompts_bucket", model="gelu", le="4.0") == 1
     assert scrape("actuary_tokens_total", model="gelu", kind="prompt") == 24
-    assert scrape("actuary_tokens_total", model="gelu", kind="padding") == 6
+    assert scrape("actuary_tokens_total", model="gelu", kind="padding") == 0
     assert scrape("actuary_tokens_total", model="swiglu", kind="prompt") == 3
     assert scrape("actuary_tokens_total", model="swiglu", kind="padding") == 0
+
+
+def test_what_the_cache_holds_is_counted(bundles: Path) -> None:
+    app = create_app(Settings(bundles=bundles, provider="cpu", threads=1))
+    caches = app.state.service.engine._caches
+    caches.update({variant: PrefixCache(variant.pool_shape[0], 32, variant.pool_shape[1]) for variant in caches})
+    with TestClient(app) as client:
+        for prompt in ([1] * 20, [1] * 20 + [2], [3] * 20):
+            client.post("/v1/next-token", json={"model": "gelu", "prompt": prompt})
+        scrape = Scrape(client)
+        assert scrape("actuary_tokens_total", model="gelu", kind="prompt") == 20 + 1 + 20
+        assert scrape("actuary_tokens_total", model="gelu", kind="cached") == 20
+        assert scrape("actuary_tokens_total", model="gelu", kind="generated") == 0
+        assert scrape("actuary_cache_evicted_tokens_total", model="gelu") == 21 + 20 - 32
+        assert scrape("actuary_cache_slots", model="gelu", kind="all") == 32
+        assert scrape("actuary_cache_slots", model="gelu", kind="used") == 32
+        assert scrape("actuary_cache_slots", model="swiglu", kind="used") == 0
+        assert scrape("actuary_running_sequences") == 0
 
 
 class Gated:
     """Stands for a Variant: computes once the gate is open."""
 
-    name, wide = "gated", False
+    name, context, row_bytes, cached = "gated", 9, 1, False
 
     def __init__(self) -> None:
         self.started, self.gate = threading.Event(), threading.Event()
 
-    def run(self, prompts: list[tuple[int, ...]], top_k: int, wide: bool) -> list[Any]:
+    def faster_wide(self, tokens: int) -> bool:
+        return False
+
+    def tokens_of(self, piece: Piece) -> int:
+        return len(piece.ids)
+
+    def compute(self, pieces: list[Piece], *_: Any) -> list[Rows]:
         self.started.set()
         assert self.gate.wait(LIMIT_S)
-        return list(prompts)
+        return [Rows(*[np.zeros((1, 2))] * 6) for _ in pieces]
+
+
+class Broken(Gated):
+    def compute(self, *_: Any) -> list[Rows]:
+        raise RuntimeError("out of memory")
 
 
 def test_what_is_dropped_and_what_is_refused_is_counted() -> None:
     async def scene() -> Samples:
         engine, variant = Engine(max_queue=4, max_batch_tokens=100, timeout_s=0.2), Gated()
-        metrics = Metrics(engine.metrics, lambda: engine.waiting)
+        metrics = Metrics(engine.metrics, engine.tell)
 
         numbers = itertools.count()  # one prompt is not computed twice
 
@@ -220,12 +252,6 @@ def test_what_is_dropped_and_what_is_refused_is_counted() -> None:
 
 
 def test_a_request_whose_others_failed_is_dropped_as_failed() -> None:
-    class Broken:
-        name, wide = "broken", False
-
-        def run(self, *_: object) -> list[Any]:
-            raise RuntimeError("out of memory")
-
     async def scene() -> float:
         engine, variant = Engine(max_queue=9, max_batch_tokens=1, timeout_s=LIMIT_S), Gated()
         async with engine:

@@ -63,18 +63,6 @@ def run(model: bytes, feeds: dict, fused=None, threads: int = 1) -> np.ndarray:
     return y
 
 
-@pytest.fixture
-def isa(request, fused):
-    """Runs one instruction set's loops, and puts back what ran before."""
-    before = library.running_isa(fused)
-    try:
-        library.use_isa(fused, request.param)
-    except BadInput as error:
-        pytest.skip(str(error))
-    yield request.param
-    library.use_isa(fused, before)
-
-
 # --- the numbers ---------------------------------------------------------------------------------------------------
 
 

@@ -11,9 +11,10 @@ import pytest
 from conftest import TINY
 
 from actuary import BadInput, GateFailed
-from export import bundle, exporter, parity, precision
+from export import attention, bundle, exporter, parity, precision
 from export.exporter import export_bundle
 from export.graph import ORT, Flavor, Positions, build
+from export.ops.int8_function import FORMS
 from export.parity import SAFETY_OF_NOISE, check_int8, model_bound
 from models.activations import registry
 from models.decoder import Decoder
@@ -134,21 +135,19 @@ def test_int8_quantises_every_product_and_keeps_the_rest(tiny_checkpoint, tmp_pa
     assert manifest.parity.max_rel <= manifest.parity.bound < 0.1
     model = onnx.load(folder / bundle.MODEL)
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    # An int8 matrix lies in panels of four dimensions.
     matrices = {
-        tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2 and "rope" not in tensor.name
+        tensor.name
+        for tensor in model.graph.initializer
+        if len(tensor.dims) in (2, 4) and "rope" not in tensor.name and tensor.name not in bundle.CACHE
     }
     assert {name for name in matrices if types[name] != onnx.TensorProto.INT8} == {"embed"}
     assert len(matrices) == 1 + 4 + 5 + 1  # embed; qkv or q and kv, out, up, down of two blocks; head
     assert [node.op_type for node in model.graph.node if node.domain == bundle.DOMAIN]
-    assert [(f.domain, f.name) for f in model.functions] == [(bundle.DOMAIN, "swiglu")]
-
-
-def test_a_tensor_that_two_products_read_is_quantised_once(tiny_checkpoint):
-    model = precision.int8(build(tiny_checkpoint("gelu").decoder))
-    read = [node.input[0] for node in model.graph.node if node.op_type == "DynamicQuantizeLinear"]
-    assert len(read) == len(set(read))
-    outputs = [name for node in model.graph.node for name in node.output if name]
-    assert len(outputs) == len(set(outputs))
+    assert not [node for node in model.graph.node if node.op_type == "MatMul" and matrices.intersection(node.input)]
+    assert {f.domain for f in model.functions} == {bundle.DOMAIN}
+    cached = [attention.PACKED, attention.OF_ROWS] if flavor == "ort" else []
+    assert [f.name for f in model.functions if f.name not in FORMS] == ["swiglu", *cached]
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu", "threshold", "softmax"])

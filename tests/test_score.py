@@ -28,7 +28,8 @@ small = settings(max_examples=100, deadline=None)
 
 @pytest.fixture(scope="module")
 def client(bundles: Path) -> Iterator[TestClient]:
-    limits = {"max_prompts": 64, "max_entries": 2_000, "max_body_bytes": 20_000}
+    """Without a cache, so that the same batch gives the same floats however often."""
+    limits = {"max_prompts": 64, "max_entries": 2_000, "max_body_bytes": 20_000, "cache_mb": 0}
     app = create_app(Settings(bundles=bundles, provider="cpu", threads=1, **limits))
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client

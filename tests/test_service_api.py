@@ -115,8 +115,13 @@ def test_the_times_in_the_headers_add_up(bundles: Path) -> None:
     assert sum(parts.values()) <= float(headers["x-total-ms"])
 
 
-def test_a_large_answer_is_whole(client: TestClient, facts: dict[str, dict], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_answer_is_whole(bundles: Path, facts: dict[str, dict], monkeypatch: pytest.MonkeyPatch) -> None:
     """Dumped in pieces, it is the same as dumped at once."""
+    with TestClient(create_app(Settings(bundles=bundles, provider="cpu", threads=1, cache_mb=0))) as client:
+        _is_whole(client, facts, monkeypatch)
+
+
+def _is_whole(client: TestClient, facts: dict[str, dict], monkeypatch: pytest.MonkeyPatch) -> None:
     vocab_size = facts["gelu"]["vocab_size"]
     asked = {"model": "*", "prompt": ["a", "if x"], "top_k": vocab_size, "tokens": list(range(256))}
     at_once = ask(client, **asked)["results"]
@@ -224,9 +229,9 @@ def test_concurrent_requests_equal_singles(bundles: Path) -> None:
         batches = []
         run_batch = engine._run_batch
 
-        async def counted(batch):
-            batches.append(len(batch.prompts))
-            await run_batch(batch)
+        async def counted(batch, wide):
+            batches.append(len(batch))
+            await run_batch(batch, wide)
 
         engine._run_batch = counted
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x")

@@ -153,11 +153,16 @@ def test_a_chunked_body_over_the_limit_is_refused_and_the_connection_ends_well(b
         assert http.get("/health/ready").status_code == 200
 
 
+def different(prompts: int) -> list[list[int]]:
+    """So many prompts: of the same one, all that wait are computed at once."""
+    return [[n // 300, n % 300, 7, 8] for n in range(prompts)]
+
+
 def test_a_full_queue_is_429_with_retry_after(bundles: Path) -> None:
     """Eight callers with four prompts each on a queue of four: some are refused, none fails otherwise."""
     with serving(bundles, "--max-queue", "4", "--max-prompts", "4", "--max-batch-tokens", "1") as (url, _):
         with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda _: ask(url, prompt=["if x is not"] * 4, top_k=300), range(80)))
+            answers = list(pool.map(lambda n: ask(url, prompt=different(4 * n + 4)[-4:], top_k=300), range(80)))
         assert {answer.status_code for answer in answers} == {200, 429}
         refused = next(answer for answer in answers if answer.status_code == 429)
         assert int(refused.headers["retry-after"]) >= 1
@@ -169,9 +174,9 @@ def test_sigterm_finishes_what_is_queued(bundles: Path) -> None:
     """Requests that were taken are answered in full, later ones find nobody, and the process ends with 0."""
     slow = ("--max-batch-tokens", "1", "--timeout-s", "300")
     with serving(bundles, *slow) as (url, process), ThreadPoolExecutor() as pool:
-        body = {"model": "*", "prompt": ["if x is not"] * 32, "top_k": 300}
 
-        def one(_: int) -> httpx.Response:
+        def one(n: int) -> httpx.Response:
+            body = {"model": "*", "prompt": different(32 * n + 32)[-32:], "top_k": 300}
             return httpx.post(f"{url}/v1/next-token", json=body, timeout=300)
 
         answers = [pool.submit(one, n) for n in range(2)]
@@ -237,11 +242,11 @@ def test_draining_outlasts_the_longest_wait(bundles: Path, monkeypatch: pytest.M
 
 def test_a_client_that_hangs_up_is_dropped_from_the_queue(bundles: Path) -> None:
     with serving(bundles, "--max-batch-tokens", "1") as (url, _):
-        body = json.dumps({"model": "*", "prompt": ["if x is not"] * 64}).encode()
-        head = "POST /v1/next-token HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        head += f"content-length: {len(body)}\r\n\r\n"
         callers = []
-        for _ in range(4):
+        for n in range(4):
+            body = json.dumps({"model": "*", "prompt": different(64 * n + 64)[-64:]}).encode()
+            head = "POST /v1/next-token HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            head += f"content-length: {len(body)}\r\n\r\n"
             caller = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
             caller.sendall(head.encode() + body)
             callers.append(caller)

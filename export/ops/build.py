@@ -3,7 +3,7 @@
     registry --trace.py, cpp_functor.py--> functors.h -.
                                   native/*.cpp, *.cu --'--compiler--> libactuary_ops.so, library.json
 
-The compiler is called directly, some files at a time: ten of them need no build system, and so one C++ compiler is
+The compiler is called directly, some files at a time: a dozen of them need no build system, and so one C++ compiler is
 all that a machine must have. nvcc, where it is, adds the CUDA half to the same library. What is built is remembered by
 a hash of everything that goes in, so that a second call only looks.
 """
@@ -52,6 +52,14 @@ ISAS = {
     ),
     "v3": ("x86-64-v3", ("-march=x86-64-v3",), ("avx2", "fma", "bmi2")),
 }
+# Int8Linear's loops know these besides AVX2 and plain C++: name in C++ -> (its level of ISAS, flags, what it asks for).
+INT8_ISAS = {"vnni": ("v4", ("-mavx512vnni",), "avx512vnni")}
+INT8_FLAGS = (
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    "-ffp-contract=off",
+)  # each product and sum rounds, as in ONNX
 LIBMVEC_PROBE = """
 extern "C" __attribute__((simd("notinbranch"))) float expm1f(float) noexcept;
 extern "C" __attribute__((simd("notinbranch"))) float log1pf(float) noexcept;
@@ -84,11 +92,14 @@ def elementwise() -> dict[str, Expression]:
     return {name: expression for name, expression in expressions.items() if expression.elementwise}
 
 
-def generated(expressions: Mapping[str, Expression], isas: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+def generated(
+    expressions: Mapping[str, Expression], isas: Mapping[str, tuple[str, str]], int8: Mapping[str, tuple[str, str]]
+) -> dict[str, str]:
     """The printed sources, by file name.
 
     Args:
         isas: name in C++ -> (what people call it, a C++ condition on the processor), best first.
+        int8: the same of Int8Linear's loops; what people call it is the level that it belongs to.
     """
     note = "// Printed by export/ops/build.py from the registry; change the record, not this.\n"
     every = "#define ACTUARY_EVERY(X) " + " ".join(f"X({name})" for name in expressions) + "\n"
@@ -96,12 +107,16 @@ def generated(expressions: Mapping[str, Expression], isas: Mapping[str, tuple[st
         f'{{"{name}", "biased_{name}", {len(e.tensors)}, {len(e.learned)}, {block(e)}}},\n'
         for name, e in expressions.items()
     ]
-    choices = " ".join(f'X({name}, "{called}", {runs})' for name, (called, runs) in isas.items())
+
+    def choices(levels: Mapping[str, tuple[str, str]]) -> str:
+        return " ".join(f'X({name}, "{called}", {runs})' for name, (called, runs) in levels.items())
+
+    isas_h = f"#define ACTUARY_ISAS(X) {choices(isas)}\n#define ACTUARY_INT8_ISAS(X) {choices(int8)}\n"
     return {
         "functors.h": note + "\n".join(cpp_functor(name, e) for name, e in expressions.items()) + every,
         "functors.cuh": note + "\n".join(cpp_functor(name, e, cuda=True) for name, e in expressions.items()) + every,
         "activations.inc": note + "".join(rows),
-        "isas.h": note + f"#define ACTUARY_ISAS(X) {choices}\n",
+        "isas.h": note + isas_h,
     }
 
 
@@ -188,10 +203,14 @@ def _version(program: str) -> str:
 
 
 def _hash_of_inputs(tools: Toolchain, expressions: Mapping[str, Expression]) -> str:
-    parts = [repr(tools), repr((FLAGS, VECTOR_FLAGS, ISAS, CUDA_ARCHS, OPS_VERSION, ORT_API)), platform.machine()]
+    parts = [
+        repr(tools),
+        repr((FLAGS, VECTOR_FLAGS, ISAS, INT8_ISAS, INT8_FLAGS, CUDA_ARCHS, OPS_VERSION, ORT_API)),
+        platform.machine(),
+    ]
     parts += [repr(platform.libc_ver()), Path(__file__).read_text(encoding="utf-8")]
     parts += [f"{name} {expression.digest}" for name, expression in expressions.items()]
-    parts += generated(expressions, {}).values()
+    parts += generated(expressions, {}, {}).values()
     sources = sorted(path for path in NATIVE.iterdir() if path.suffix in (".h", ".cpp", ".cu"))  # no editor's files
     parts += [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in sources]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -216,7 +235,18 @@ def _compile(
         for name, (called, flags, features) in ISAS.items()
         if platform.machine() == "x86_64" and _accepts(tools, scratch, "int x;", [*flags])
     } | {"base": (base, (), "true")}
-    sources = generated(expressions, {name: (called, runs) for name, (called, _, runs) in levels.items()})
+    int8_levels = {
+        name: (levels[level][0], (*levels[level][1], *flags), f'__builtin_cpu_supports("{feature}")')
+        for name, (level, flags, feature) in INT8_ISAS.items()
+        if level in levels and _accepts(tools, scratch, "int x;", [*levels[level][1], *flags])
+    }
+    # AVX-512 without VNNI takes AVX2's; the level's own instructions are there where cpu.cpp chose it.
+    int8_levels |= {name: (called, flags, "true") for name, (called, flags, _) in levels.items() if name != "v4"}
+    sources = generated(
+        expressions,
+        {name: (called, runs) for name, (called, _, runs) in levels.items()},
+        {name: (called, runs) for name, (called, _, runs) in int8_levels.items()},
+    )
     for name, text in sources.items():
         (scratch / name).write_text(text, encoding="utf-8")
 
@@ -233,7 +263,13 @@ def _compile(
         f"{loops}-{name}": [*vector, *flags, f"-DACTUARY_ISA={name}", "-c", str(NATIVE / f"{loops}.cpp")]
         for loops in ("vector", "attention")
         for name, (_, flags, _) in levels.items()
-    } | {name: [*plain, "-c", str(NATIVE / f"{name}.cpp")] for name in ("op", "check", "cpu", "attention_op")}
+    }
+    jobs |= {
+        f"int8-{name}": [*plain, *INT8_FLAGS, *flags, f"-DACTUARY_ISA={name}", "-c", str(NATIVE / "int8_loops.cpp")]
+        for name, (_, flags, _) in int8_levels.items()
+    }
+    once = ("op", "check", "cpu", "attention_op", "int8_linear")
+    jobs |= {name: [*plain, "-c", str(NATIVE / f"{name}.cpp")] for name in once}
     archs = _cuda_archs(tools.nvcc) if tools.nvcc else []
     if tools.nvcc:
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]

@@ -72,6 +72,11 @@ class Library(BaseModel):
             )
         return ""
 
+    def fits(self, activation: str, digest: str, cuda: bool) -> bool:
+        """Whether a graph with that activation may have it: either it has the same formula, or none, and its other
+        operators alone run."""
+        return self.activations.get(activation, digest) == digest and (bool(self.cuda) or not cuda)
+
 
 def find(folder: Path) -> Library | None:
     """The library in `folder`; None where none was ever built.

@@ -15,7 +15,6 @@
 namespace actuary {
 
 constexpr int kMaxLearned = 8;  // export/ops/build.py refuses more
-constexpr int kMaxRank = 16;
 
 // n elements: y[i] = f(x[i]) or f(gate[i], up[i]), after the biases where they are not null. y may be x.
 using Segment = void (*)(const float* x, const float* up, const float* bias, const float* up_bias,

@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "attention.h"
-#include "host_check.h"
+#include "tensor.h"
 #include "isa.h"
 
 namespace actuary {

@@ -1,8 +1,9 @@
 // The host check: every shape and type of a call, before a kernel sees a pointer.
 #include "activation.h"
-#include "host_check.h"
+#include "tensor.h"
 
 namespace actuary {
+
 ort::Status* check(ort::Api api, ort::Context* context, const Activation& activation, bool biased,
                    ort::ElementType type, Call* call) {
   const char* op = biased ? activation.biased_name : activation.name;

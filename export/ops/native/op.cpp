@@ -1,6 +1,6 @@
 // The operators of domain ai.actuary as ONNX Runtime sees them: NAME and biased_NAME of every activation, for float
-// and float16 on the CPU and, where nvcc was there, float, float16 and bfloat16 on CUDA. One exported symbol registers
-// them all.
+// and float16 on the CPU and, where nvcc was there, float, float16 and bfloat16 on CUDA; and those of attention_op.cpp and
+// int8_linear.cpp. One exported symbol registers them all.
 #include <atomic>
 #include <climits>
 #include <cstdio>
@@ -9,6 +9,7 @@
 
 #include "activation.h"
 #include "attention.h"
+#include "int8_linear.h"
 
 namespace actuary {
 
@@ -152,7 +153,10 @@ ort::Status* domain(ort::Api api, bool structural, ort::Domain** out) {
     if (auto* error = ort::create_domain(api, ACTUARY_DOMAIN, &begun)) return error;
     std::vector<const ort::CustomOp*> all;
     for (const Op& op : ops) all.push_back(&op);
-    if (structural) all.insert(all.end(), attention_ops(api).begin(), attention_ops(api).end());
+    if (structural) {
+      all.insert(all.end(), attention_ops(api).begin(), attention_ops(api).end());
+      all.insert(all.end(), linear_ops(api).begin(), linear_ops(api).end());
+    }
     for (const ort::CustomOp* op : all) {
       if (auto* error = ort::add_op(api, begun, op)) return error;
     }

@@ -23,7 +23,7 @@ struct KernelInfo;
 struct CustomOp;
 
 enum Code : int { kFail = 1, kInvalidArgument = 2 };
-enum ElementType : int { kFloat = 1, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
+enum ElementType : int { kFloat = 1, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
 
 using Api = void* const*;  // OrtApi: a table of functions
 

@@ -1,4 +1,4 @@
-// What every host check is made of: reading one input, and refusing with a message.
+// What the host checks share: one tensor of a call as it is read, and refusals in words.
 #pragma once
 
 #include <cstdarg>
@@ -8,7 +8,8 @@
 
 namespace actuary {
 
-// One input as ONNX Runtime hands it over.
+constexpr int kMaxRank = 16;
+
 struct Tensor {
   const ort::Value* value;
   int type;
@@ -35,8 +36,8 @@ inline const char* shape(const Tensor& tensor, char (&text)[96]) {
   return text;
 }
 
-inline ort::Status* read(ort::Api api, const ort::Context* context, size_t index, const char* op, ort::ElementType type,
-                  Tensor* tensor) {
+inline ort::Status* read(ort::Api api, const ort::Context* context, size_t index, const char* op,
+                         ort::ElementType type, Tensor* tensor) {
   if (auto* error = ort::get_input(api, context, index, &tensor->value)) return error;
   if (!tensor->value) return refuse(api, "%s: input %zu is missing", op, index);
   if (auto* error = ort::type_and_shape(api, tensor->value, &tensor->type, &tensor->dims, &tensor->rank)) return error;

@@ -1,0 +1,172 @@
+"""Which tokens of one variant are computed together next, and where their keys and values go.
+
+A batch has first the next token of each sequence that generates, then prompts, the longest-waiting first, up to a
+budget of tokens and of rows; a prompt that does not fit goes on in the next batch. A prompt takes the slots for all
+it may come to before it starts, so that what has started always finishes; one alone always finds room, since a pool
+has a slot for each token of the context. Where a prompt begins like one that is being computed, it waits for that one.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import chain
+
+import numpy as np
+
+from service.prefix_cache import PrefixCache
+from service.sequence import NO_SLOTS, Sequence
+from service.variant import Piece, Variant
+
+# Rows of a batch, in memory: 55 at V = 50257, 341 at V = 8192.
+BATCH_ROW_BYTES = 1 << 25
+# So many tokens that another prompt is computing are worth waiting for it.
+SHARED = 16
+# Padding that a batch may have, where the graph does not drop it: a share of its tokens, or so many, which cost less
+# than another run.
+PADDING, FREE_PADDING = 1 / 8, 64
+
+Batch = list[tuple[Sequence, Piece]]
+
+
+class Schedule:
+    """The sequences of one variant. On the event loop alone."""
+
+    def __init__(self, variant: Variant, cache: PrefixCache | None, max_batch_tokens: int) -> None:
+        self.cache = cache
+        self._variant = variant
+        self._max_tokens = max_batch_tokens
+        self._max_rows = max(1, BATCH_ROW_BYTES // variant.row_bytes)
+        # Each in the order of arrival; what is in a batch, or follows another, is in none of them.
+        self._generating: dict[Sequence, None] = {}
+        self._prefilling: dict[Sequence, None] = {}
+        self._waiting: dict[Sequence, None] = {}
+        self._leaders: dict[tuple[int, ...], Sequence] = {}
+
+    def __len__(self) -> int:
+        """Sequences that could be in the next batch."""
+        return len(self._generating) + len(self._prefilling) + len(self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """It is new, or its batch is over."""
+        if not sequence.begun or not self._variant.cached:  # the latter in turn, whatever their next tokens
+            self._waiting[sequence] = None
+        elif sequence.prefilled:
+            self._generating[sequence] = None
+        else:
+            self._prefilling[sequence] = None
+
+    def remove(self, sequence: Sequence) -> None:
+        """It is in no batch and will not be in one."""
+        for queue in (*self._queues, sequence.leader.followers if sequence.leader else {}):
+            queue.pop(sequence, None)
+        self.end(sequence)
+
+    @property
+    def _queues(self) -> tuple[dict[Sequence, None], ...]:
+        return self._generating, self._prefilling, self._waiting
+
+    def next_batch(self, lanes: int) -> Batch:
+        """What a lane computes next, where so many are free for this variant; empty where all wait for slots."""
+        ready = list(chain(*self._queues))
+        if ready and not self._variant.cached:  # near to the first in length
+            first = len(ready[0].ids)
+            ready.sort(key=lambda sequence: abs(len(sequence.ids) - first))
+        most = math.ceil(len(ready) / lanes)
+        batch: Batch = []
+        tokens, rows, full = self._max_tokens, self._max_rows, False
+        for sequence in ready:
+            if len(batch) == most or tokens <= 0 or rows <= 0:
+                break
+            if self.cache and not sequence.prefix:
+                if self._follows(sequence, self.cache):
+                    continue
+                if not self._start(sequence, self.cache, tokens, full):
+                    full = True  # the next free slots are for this one
+                    continue
+            piece = sequence.piece(tokens, rows)
+            cost = self._variant.tokens_of(piece)
+            if batch and (cost > tokens or self._pads_too_much(batch, piece)):
+                break
+            batch.append((sequence, piece))
+            tokens -= cost
+            rows -= max(1, piece.rows)
+        for sequence, _ in batch:
+            for queue in self._queues:
+                queue.pop(sequence, None)
+        return batch
+
+    def computed(self, sequence: Sequence, piece: Piece) -> None:
+        """A batch with that piece of it is over."""
+        sequence.asked += piece.rows
+        if piece.slots.size:
+            sequence.computed += len(piece.ids)
+            if sequence.computed == len(sequence.job.ids):
+                self._store(sequence)
+                self._release_followers(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        """It is in no queue any more: what is computed of it stays in the cache, as long as there is room."""
+        self._release_followers(sequence)
+        if self.cache and sequence.prefix:
+            self._store(sequence)
+            self.cache.give(sequence.slots[sequence.computed :])
+            self.cache.release(sequence.prefix)
+            sequence.prefix = None
+
+    def _follows(self, sequence: Sequence, cache: PrefixCache) -> bool:
+        """Whether it waits from now on, for one that computes its next tokens."""
+        known = cache.matched(sequence.ids)
+        sequence.key = tuple(sequence.ids[: known + SHARED])
+        leader = self._leaders.get(sequence.key)
+        if leader is None or sequence.asked < known + SHARED:
+            return False
+        del self._waiting[sequence]
+        leader.followers[sequence] = None
+        sequence.leader = leader
+        return True
+
+    def _start(self, sequence: Sequence, cache: PrefixCache, tokens: int, full: bool) -> bool:
+        """Take what the cache has of it, and slots for the rest; False where it has to wait for these."""
+        if full and sequence.job.reader:
+            return False
+        prefix = cache.hold(sequence.ids[: sequence.asked])
+        known = prefix.slots.size
+        slots = None if full else cache.take(sequence.job.tokens - known)
+        if slots is None:
+            if sequence.job.reader or len(sequence.ids) - known > tokens:
+                cache.release(prefix)
+                return False
+            slots = NO_SLOTS  # it is answered by this batch, and not kept
+        else:
+            self._leaders.setdefault(sequence.key, sequence)
+        sequence.prefix = prefix
+        sequence.slots = np.concatenate((prefix.slots, slots))
+        sequence.computed = sequence.cached = known
+        return True
+
+    def _store(self, sequence: Sequence) -> None:
+        """Keep in the cache what is computed of it."""
+        assert self.cache
+        assert sequence.prefix
+        known, end = sequence.prefix.slots.size, sequence.computed
+        if end > known:
+            own = sequence.slots[known:end]
+            sequence.prefix = self.cache.keep(sequence.prefix, sequence.ids[known:end], own)
+            sequence.slots = np.concatenate((sequence.prefix.slots, sequence.slots[end:]))
+
+    def _release_followers(self, sequence: Sequence) -> None:
+        if self._leaders.get(sequence.key) is sequence:
+            del self._leaders[sequence.key]
+        for follower in sequence.followers:
+            follower.leader = None
+        if sequence.followers:
+            both = sequence.followers | self._waiting
+            self._waiting = dict.fromkeys(sorted(both, key=lambda each: each.arrived))
+            sequence.followers = {}
+
+    def _pads_too_much(self, batch: Batch, piece: Piece) -> bool:
+        if self._variant.cached:
+            return False
+        lengths = [len(each.ids) for each in (*(each for _, each in batch), piece)]
+        padded = max(lengths) * len(lengths)
+        return padded > self._max_tokens or padded - sum(lengths) > max(PADDING * sum(lengths), FREE_PADDING)
