@@ -172,8 +172,7 @@ class PrefixCache:
         del self._idle[0]
         assert run.parent
         del run.parent.children[run.ids[0]]
-        run.parent.used = max(run.parent.used, run.used)
-        self._rest(run.parent)
+        self._rest(run.parent)  # by its own last use, which is older than that of all other ends
 
 
 def prefix_caches(variants: Collection[Variant], size: int) -> dict[Variant, PrefixCache]:

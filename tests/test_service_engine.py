@@ -330,6 +330,41 @@ def test_a_caller_may_leave_while_it_is_computed() -> None:
     play(scene)
 
 
+def test_a_caller_that_leaves_in_mid_generation_is_counted() -> None:
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        reader = Counting(50)
+        leaves = await start(engine, [Job(variant, [1], reader=reader, max_tokens=50)])
+        await until(lambda: len(reader.seen) > 3)
+        variant.gate.clear()
+        await until(lambda: len(log) > len(reader.seen))  # in a batch
+        leaves.cancel()
+        await asyncio.wait([leaves])
+        variant.gate.set()
+        await until(lambda: not engine._unfinished)
+        assert engine.metrics._dropped.labels("client_gone")._value.get() == 1
+        assert len(reader.seen) < 50
+
+    play(scene, slots=CONTEXT)
+
+
+def test_a_prompt_whose_caller_left_is_finished_for_another() -> None:
+    """Which came while its first piece was computed."""
+
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        variant.gate.clear()
+        leaves = await start(engine, [job(variant, 250, first=5)])
+        await until(lambda: bool(log))
+        leaves.cancel()
+        await asyncio.wait([leaves])
+        joins = await start(engine, [job(variant, 250, first=5)])
+        variant.gate.set()
+        (done,) = await joins
+        assert len(ids_of(done.row)) == 250
+        assert lengths_of(log) == [[100], [100], [50]]
+
+    play(scene, slots=CONTEXT)
+
+
 def test_a_request_that_waits_too_long_is_answered_408() -> None:
     async def scene(engine: Engine, variant: Gated, log: Log) -> None:
         first = await hold(engine, variant, log)
@@ -463,6 +498,23 @@ def test_those_that_wait_for_a_caller_that_leaves_are_computed_all_the_same() ->
         assert sum(itertools.chain(*lengths_of(log))) == 154, "what was computed of the one that left counts"
 
     play(scene, slots=CONTEXT)
+    play(scene, slots=CONTEXT, lanes=2)
+
+
+def test_one_whose_rows_are_all_wanted_waits_for_nobody() -> None:
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        variant.gate.clear()
+        leads = await start(engine, [Job(variant, list(range(50)))])
+        await until(lambda: bool(log))
+        follows = await start(engine, [Job(variant, list(range(51)))])
+        reads_all = await start(engine, [Job(variant, list(range(52)), reader=Counting(0, 0, 52))])
+        await until(lambda: len(log) == 2)
+        assert lengths_of(log) == [[50], [52]]
+        assert engine.waiting == 1
+        variant.gate.set()
+        await asyncio.gather(leads, follows, reads_all)
+
+    play(scene, slots=CONTEXT, lanes=2)
 
 
 def test_a_full_cache_lets_prompts_wait_or_go_without() -> None:
