@@ -1,5 +1,6 @@
 # Two commands do all the set-up: `make up` (train, export, serve) and `make test`.
 # PORT=8000 moves the service, STEPS=1000 shortens or lengthens training, PYTHON= names the interpreter,
+# BENCH=--quick gives arguments to `make bench`,
 # TORCH_INDEX= names another package index for torch (PyTorch's CPU index saves gigabytes on x86-64 Linux).
 
 PYTHON ?= python3
@@ -8,6 +9,7 @@ STEPS ?= 1000
 VENV ?= .venv
 ARTIFACTS ?= artifacts
 TORCH_INDEX ?=
+BENCH ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -19,7 +21,7 @@ OPS := $(ARTIFACTS)/ops
 TRAINED := $(CHECKPOINTS)/.trained-$(STEPS)
 EXPORTED := $(BUNDLES)/.exported
 
-.PHONY: up install test lint format docs train export ops serve load gpu-check clean help
+.PHONY: up install test lint format docs train export ops serve load bench gpu-check clean help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -39,6 +41,10 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[train,serve,load,dev]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PIP) --editable '.[train,serve,load,bench]'
 	@touch $@
 
 $(TRAINED): models/activations.py | $(VENV)/.installed
@@ -68,6 +74,9 @@ serve: | $(VENV)/.installed ## Serve what was exported
 
 load: | $(VENV)/.installed ## Load on the running service, one row per variant
 	$(ACTUARY) load --url http://127.0.0.1:$(PORT)
+
+bench: $(OPS)/library.json $(VENV)/.installed-bench ## Our server against other engines, over an hour; stopped, it goes on. BENCH=--quick gives arguments
+	$(ACTUARY) bench serve --ops $(OPS) --out $(ARTIFACTS)/bench-serve $(BENCH)
 
 test: $(VENV)/.installed-dev ## Every test that this machine can run
 	$(BIN)/python -m pytest -n 2 --dist loadfile

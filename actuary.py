@@ -49,11 +49,16 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "inspect": ("export.cli:inspect", "serve", "What is in a bundle, and where its nodes run."),
     "swap": ("models.cli:swap", "train", "Another activation for a transformers checkpoint, tuned."),
     "ops": ("export.ops.cli:ops", "train", "Build the fused operators: each activation as one compiled loop."),
-    "bench": ("export.bench_cli:bench", "train,load", "What an activation costs, without a server."),
+    "bench": ("actuary:bench", "train,serve,load", "What an activation costs; our server against other engines."),
     "serve": ("service.cli:serve", "serve", "Serve every bundle of a folder over HTTP."),
     "load": ("loadtest.cli:load", "load", "Put load on a running service, one row per variant."),
 }
 
+# verb: (where its click command is, the optional extra that it needs, one line for --help)
+BENCHES: dict[str, tuple[str, str, str]] = {
+    "ops": ("export.bench_cli:ops", "train,load", "What an activation costs, without a server."),
+    "serve": ("loadtest.bench.cli:serve", "train,serve,load,bench", "Our server against other engines, over HTTP."),
+}
 
 # Verbs that fill a folder beside its place. serve and load end on SIGTERM in their own way; train saves its state.
 WRITERS = {"export", "swap", "ops"}
@@ -68,13 +73,15 @@ def cores() -> int:
 class _LazyGroup(click.Group):
     """Imports a verb's module when the verb is called, and not before."""
 
+    verbs = VERBS
+
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
+        return list(self.verbs)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in VERBS:
+        if name not in self.verbs:
             return None
-        where, extra, _ = VERBS[name]
+        where, extra, _ = self.verbs[name]
         module, _, attribute = where.partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         command.epilog = (
@@ -84,13 +91,13 @@ class _LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
-            formatter.write_dl([(name, line) for name, (_, _, line) in VERBS.items()])
+            formatter.write_dl([(name, line) for name, (_, _, line) in self.verbs.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in VERBS:
-            ctx.fail(f"unknown verb {args[0]!r}; known: {', '.join(VERBS)}")
+        if args and not args[0].startswith("-") and args[0] not in self.verbs:
+            ctx.fail(f"unknown verb {args[0]!r}; known: {', '.join(self.verbs)}")
         return super().resolve_command(ctx, args)
 
 
@@ -107,6 +114,15 @@ def cli() -> None:
       curl -s localhost:8000/v1/next-token -H 'content-type: application/json' \\
            -d '{"model": "*", "prompt": "if x is not", "top_k": 3}'
     """
+
+
+class _Benches(_LazyGroup):
+    verbs = BENCHES
+
+
+@click.group(cls=_Benches)
+def bench() -> None:
+    """What an activation costs, and our server against the engines that others would pick."""
 
 
 def main(argv: list[str] | None = None) -> Any:

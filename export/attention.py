@@ -17,9 +17,9 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
-from export.bundle import DOMAIN, OPSET
+from export.bundle import ATTENTION, DOMAIN, OPSET
 
-PACKED, OF_ROWS = "CachedAttention", "CachedAttentionOfRows"
+PACKED, OF_ROWS = ATTENTION
 ATTRIBUTES = ("heads", "kv_heads", "layer", "eps")  # eps: of QK-norm
 # int64 [B]; float [L, S, 2 kv_heads D], all of it finite; int64 [B or 1, P]; int64 [B or 1]
 SHARED = ("lengths", "past", "past_slots", "past_lengths")
@@ -37,7 +37,11 @@ def functions(heads: int, kv_heads: int, head_dim: int, rope: bool, normed: bool
         f"{PACKED} <{attributes}> (qkv, {shared}) => (y, present) {{{body}}}",
         f"{OF_ROWS} <{attributes}> (q, kv, asked, {shared}) => (y, present) {{{_of_rows(shared)}}}",
     )
-    return [onnx.parser.parse_function(f"{head} {text}") for text in texts]
+    made = [onnx.parser.parse_function(f"{head} {text}") for text in texts]
+    for function in made:
+        for node in function.node:  # once inlined, a node is known by its name alone (export/audit.py)
+            node.name = f"{function.name}:{node.output[0]}"
+    return made
 
 
 def _norm(x: str, y: str, gain: str) -> str:

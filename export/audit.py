@@ -15,14 +15,15 @@ where its parts were. Imported by the serving process, so neither torch nor onnx
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from actuary import BadInput
-from export.bundle import DOMAIN, STRUCTURAL
+from export.bundle import ATTENTION, DOMAIN, PRODUCTS, STRUCTURAL
 from export.onnx_file import SIZES, OnnxFile
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -38,9 +39,11 @@ _NO_KERNEL = {
     "auto, or export it with --precision fp16",
 }
 _SLOW = {("fp16", CPU): "fp16 runs on the CPU through casts to float32 and back; fp32 is faster there"}
-# CUDA kernels for float16 and bfloat16 alone, of all operators that we emit: the provider's library has
-# GroupQueryAttention<MLFloat16> and <BFloat16>, and no <float> (onnxruntime-gpu 1.31.1).
+# CUDA kernels for float16 and bfloat16 alone (onnxruntime-gpu 1.31.1, by get_all_opkernel_def). We write it for these
+# alone; float32 graphs of before the cache had it too.
 _HALF_ONLY = {"GroupQueryAttention"}
+# What ONNX Runtime puts before the name of a node out of a function; the cache's attention calls its own so.
+_INLINED = re.compile(r"^_inlfunc_.*?_(?=[A-Za-z]+:)")
 
 Runs = Literal["fused", "inlined", "standard"]
 RUNS: dict[Runs, str] = {
@@ -79,6 +82,8 @@ class Audit(BaseModel):
     provider: str  # that the session prefers
     precision: str
     activation: Runs
+    attention: Runs | None  # of a graph with a cache; None where it has no operator of ours
+    products: Runs | None  # in int8, likewise
     nodes: tuple[Placed, ...]
     fallen: tuple[Placed, ...]  # floating-point work that another provider was preferred for, and the CPU got
     notes: tuple[str, ...] = ()  # what runs, and not as one would think
@@ -91,7 +96,13 @@ class Audit(BaseModel):
     @property
     def summary(self) -> dict[str, Any]:
         """What a list of models says of it."""
-        return {"activation": self.activation, "nodes": self.counts, "notes": list(self.notes)}
+        return {
+            "activation": self.activation,
+            "attention": self.attention,
+            "products": self.products,
+            "nodes": self.counts,
+            "notes": list(self.notes),
+        }
 
 
 def check_file(file: OnnxFile, opset: int) -> None:
@@ -143,17 +154,14 @@ def audit_of(
     assigned: Sequence[Assigned], file: OnnxFile, precision: str, provider: str, loaded: OnnxFile | None = None
 ) -> Audit:
     """The same of what a session said."""
-    ours, kept = (
-        sum(node.domain == DOMAIN and node.op_type not in STRUCTURAL for node in nodes)
-        for nodes in (file.nodes, assigned)
-    )
-    activation: Runs = "standard" if not ours else "fused" if kept == ours else "inlined"
     nodes = _as_assigned(assigned, file)
     fallen = [node for node in nodes if node.floating and node.provider == CPU != provider]
     found = Audit(
         provider=provider,
         precision=precision,
-        activation=activation,
+        activation=_runs(assigned, file, lambda operator: operator not in STRUCTURAL) or "standard",
+        attention=_runs(assigned, file, lambda operator: operator in ATTENTION),
+        products=_runs(assigned, file, lambda operator: operator in PRODUCTS),
         nodes=tuple(nodes if loaded is None else _as_loaded(assigned, loaded, provider)),
         fallen=tuple(fallen),
     )
@@ -163,13 +171,21 @@ def audit_of(
     return found.model_copy(update={"notes": tuple(notes)})
 
 
+def _runs(assigned: Iterable[Assigned], file: OnnxFile, which: Callable[[str], bool]) -> Runs | None:
+    """How those of our operators run; None where the file has none of them."""
+    ours, kept = (
+        sum(node.domain == DOMAIN and which(node.op_type) for node in nodes) for nodes in (file.nodes, assigned)
+    )
+    return None if not ours else "fused" if kept == ours else "inlined"
+
+
 def _as_assigned(assigned: Iterable[Assigned], file: OnnxFile) -> list[Placed]:
-    known = {node.name: file.works_on_floats(node) for node in file.nodes}
+    known = file.inside | {node.name: file.works_on_floats(node) for node in file.nodes}
 
     def floating(node: Assigned) -> bool:
-        # "MatMul_100/MatMulAddFusion" was MatMul_100. What the file does not name came out of the activation's
-        # function; of anything else that is new to us we assume the worse.
-        whole = known.get(node.name, known.get(node.name.partition("/")[0], True))
+        # "MatMul_100/MatMulAddFusion" was MatMul_100. What has no name came out of the activation's function; of
+        # anything else that is new to us we assume the worse.
+        whole = known.get(node.name, known.get(_INLINED.sub("", node.name.partition("/")[0]), True))
         return whole and node.op_type not in SIZES
 
     return [Placed(**node._asdict(), floating=floating(node)) for node in assigned]
@@ -243,5 +259,5 @@ def _remedy(found: Audit) -> str:
         return "build their kernels with actuary ops build --cuda"
     if all(node.domain == "com.microsoft" for node in fallen):
         half = found.precision == "fp32" and all(node.op_type in _HALF_ONLY for node in fallen)
-        return "export it again with --flavor portable" + (" or --precision fp16" if half else "")
+        return "export it again" + (", also with --precision fp16" if half else " with --flavor portable")
     return "serve it with --provider cpu"

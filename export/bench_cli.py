@@ -18,11 +18,6 @@ errors = Console(stderr=True)
 WAYS = ("fused", "unfused", "torch", "copy")
 
 
-@click.group()
-def bench() -> None:
-    """Benchmarks that need no server."""
-
-
 def _sizes(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
     try:
         sizes = [int(part) for part in value.split(",")]
@@ -33,7 +28,7 @@ def _sizes(ctx: click.Context, parameter: click.Parameter, value: str) -> list[i
     return sizes
 
 
-@bench.command()
+@click.command()
 @click.option("--activations", default="*", show_default=True, help="Names with commas between; * for all.")
 @click.option("--rows", default="1,16,128,512", show_default=True, callback=_sizes, help="Tokens at once.")
 @click.option("--hidden", default="1024,3072", show_default=True, callback=_sizes, help="Hidden widths.")

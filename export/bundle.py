@@ -18,7 +18,10 @@ from actuary import BadInput
 
 OPSET = 20  # the newest at which every operator that we emit still has its CUDA kernel registered
 DOMAIN = "ai.actuary"  # of our own operators
-STRUCTURAL = ("CachedAttention", "CachedAttentionOfRows", "Int8Linear")  # those that are no activation
+# Those of them that are no activation: attention of a graph with a cache, and int8 products.
+ATTENTION = ("CachedAttention", "CachedAttentionOfRows")
+PRODUCTS = ("Int8Linear", "Int8LinearAdd", "RmsNormInt8Linear", "LayerNormInt8Linear")
+STRUCTURAL = (*ATTENTION, *PRODUCTS)
 
 MODEL, TOKENIZER, MANIFEST = "model.onnx", "tokenizer.json", "manifest.json"
 CATALOGUE = "activations.json"  # beside the bundles: every activation of the registry that exported them

@@ -55,7 +55,8 @@ errors = Console(stderr=True)
     type=click.Choice(["ort", "portable"]),
     default="ort",
     show_default=True,
-    help="With ONNX Runtime's own operators, or standard ones only; the activation's node is in both.",
+    help="With ONNX Runtime's own operators and, in fp32 and int8, a cache of keys and values, or with standard "
+    "operators only; the activation's node is in both.",
 )
 @click.option("--from", "source", metavar="DIR", help="A checkpoint of transformers: a folder, or a name on the hub.")
 @click.option("--name", help="The bundle's name, where one checkpoint is exported.  [default: the checkpoint's]")
@@ -293,12 +294,18 @@ def _described(folder: Path, manifest: Manifest, found: Inspection | None) -> Ta
 
 
 def _audited(found: Inspection) -> dict[str, str]:
-    """Rows of the audit: how the activation runs, and each provider's nodes by operator."""
-    from export.audit import RUNS
+    """Rows of the audit: how our operators run, and each provider's nodes by operator."""
+    from export.audit import CUDA, RUNS
 
     audit = found.audit
-    why = f"; {found.unfused}" if audit.activation == "inlined" and found.unfused else ""
-    rows = {"activation runs": f"{audit.activation}: {RUNS[audit.activation]}{why}"}
+    rows = {}
+    for what, runs in (
+        ("activation runs", audit.activation), ("attention runs", audit.attention), ("products run", audit.products),
+    ):  # fmt: skip
+        if runs:
+            cpus = audit.provider == CUDA and what != "activation runs"
+            why = "its kernel is the CPU's alone" if cpus else found.unfused
+            rows[what] = f"{runs}: {RUNS[runs]}" + (f"; {why}" if runs == "inlined" and why else "")
     for provider, count in audit.counts.items():
         operators = Counter(
             f"{node.domain}::{node.op_type}" if node.domain else node.op_type

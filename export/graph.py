@@ -13,8 +13,8 @@
 
 Two flavours. `portable`: standard operators of opset 20, and one node of our own domain per block whose meaning
 travels in the file as a function (export/ops/onnx_function.py), but for those of STANDARD. `ort`: the same with ONNX
-Runtime's own operators, attention one GroupQueryAttention (from the split of qkv to before `out`) and each
-`+ x -> norm` one Skip(Simplified)LayerNormalization. What each gains is in docs/log.md.
+Runtime's own operators, each `+ x -> norm` one Skip(Simplified)LayerNormalization and attention, without a cache, one
+GroupQueryAttention (from the split of qkv to before `out`). What each gains is in docs/log.md.
 
 With a `cache` the padding is dropped at the door, so that everything between works on N packed tokens, and attention
 is an operator of ours (export/attention.py) that also reads the keys and values of each prompt's earlier tokens:

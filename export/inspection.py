@@ -100,7 +100,7 @@ def _open(path: Path, provider: str, ops: Library | None, saved: Path | None) ->
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     if ops:
-        library.register(options, ops)
+        library.register(options, ops, cuda=provider == CUDA)
     providers = [provider] if provider == CPU else [provider, CPU]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
@@ -163,7 +163,10 @@ class _Graph:
         return (self.behind(start) & self._reached(end, self.before)) - start - end
 
     def meeting(self, start: set[int], end: set[int]) -> tuple[int, str]:
-        """The node on the way from `start` to `end` where another tensor is added first, and that tensor."""
+        """The node from `start` to `end` where another tensor is added first, and that tensor."""
+        for i in start:
+            if self.nodes[i].op_type == "Int8LinearAdd":  # adds its last input itself
+                return i, self.nodes[i].inputs[-1]
         behind = self.behind(start) | start
         on_the_way = (self.between(start, end) | end) - start
         for i in sorted(on_the_way, key=lambda i: len(self._reached([i], self.before))):
@@ -214,14 +217,21 @@ def draw_block(found: Inspection, manifest: Manifest) -> str:
     }
     texts = {label: _operators(found.graph, nodes, at) for label, nodes in where.items()}
     texts[manifest.activation] = f"{runs}: {texts[manifest.activation] or 'within ' + texts['up']}"
-    if add1 in norm2:
-        texts["+"] = "within ffn_norm's operator"
-    if add2 in end:
-        texts["+ "] = "within the next norm's operator"
-    stream = f"x [B, T, {manifest.dim}]"
+    if norm2 <= up:
+        texts["ffn_norm"] = "within up's operator"
+    for label, add, operators in (
+        ("+", add1, {"out": out, "ffn_norm": norm2}),
+        ("+ ", add2, {"down": down, "the next norm": end}),
+    ):
+        for name, nodes in operators.items():
+            if add in nodes:
+                texts[label] = f"within {name}'s operator"
+    cached, last = bundle.PAST in found.graph.weights, manifest.layers == 1
+    stream = "N" if cached else "B, T"
+    answered = ("B + E" if cached else "B") if last else stream  # the last block goes on with the rows that are asked
     width = max(map(len, where))
     room = WIDTH - len("  |   |     ") - width - len("  CPU+CUDA")
-    lines = [f"block 0 of {manifest.layers} as it was loaded", "", f"      {stream}"]
+    lines = [f"block 0 of {manifest.layers} as it was loaded", "", f"      x [{stream}, {manifest.dim}]"]
     for label, nodes in where.items():
         if label in ("attention_norm", "ffn_norm"):
             lines.append("  .---|")
@@ -232,7 +242,7 @@ def draw_block(found: Inspection, manifest: Manifest) -> str:
         for text in textwrap.wrap(texts[label], room):
             lines.append(f"{left}   {shown:<{width}}  {text.replace(NO_BREAK, ' '):<{room}}  {place}".rstrip())
             left, shown, place = "  |   |", "", ""
-    return "\n".join([*lines, f"      {stream}"])
+    return "\n".join([*lines, f"      x [{answered}, {manifest.dim}]"])
 
 
 def _operators(graph: OnnxFile, nodes: Iterable[int], at: str) -> str:

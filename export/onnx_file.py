@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import functools
 import mmap
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
 from actuary import BadInput
 
 # Field numbers of onnx.proto.
-_MODEL_IR, _MODEL_GRAPH, _MODEL_OPSET = 1, 7, 8
+_MODEL_IR, _MODEL_GRAPH, _MODEL_OPSET, _MODEL_FUNCTION = 1, 7, 8, 25
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
+_FUNCTION_NAME, _FUNCTION_INPUT, _FUNCTION_NODE, _FUNCTION_DOMAIN = 1, 4, 7, 10
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_TYPE, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 3, 4, 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT = 1, 3
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME = 1, 2, 8
@@ -36,6 +39,18 @@ class Node:
     outputs: tuple[str, ...]
     to: int = 0  # Cast's attribute
 
+    def works_on(self, floating: AbstractSet[str]) -> bool:
+        """Whether it computes with floating-point numbers or what they became, not with shapes and ids alone."""
+        return self.op_type not in SIZES and (self.to in FLOATING or not floating.isdisjoint(self.inputs))
+
+
+@dataclass(frozen=True)
+class Function:
+    """What stands in the place of a node where nothing has a kernel for it."""
+
+    inputs: tuple[str, ...]
+    nodes: tuple[Node, ...]
+
 
 @dataclass(frozen=True)
 class OnnxFile:
@@ -46,12 +61,10 @@ class OnnxFile:
     nodes: tuple[Node, ...]  # each after those that it reads
     weights: dict[str, tuple[int, ...]]  # initializer: its shape
     floating: frozenset[str]  # tensors with floating-point numbers in them, or made from some
+    inside: dict[str, bool]  # named node of a function that the graph calls: whether it works on floats there
 
     def works_on_floats(self, node: Node) -> bool:
-        """Whether it computes with floating-point numbers or what they became, not with shapes and ids alone."""
-        if node.op_type in SIZES:
-            return False
-        return node.to in FLOATING or not self.floating.isdisjoint(node.inputs)
+        return node.works_on(self.floating)
 
 
 def read(path: Path) -> OnnxFile:
@@ -135,17 +148,47 @@ def _model(model: _Message) -> OnnxFile:
     graph = model.messages(_MODEL_GRAPH)[0]
     nodes = tuple(map(_node, graph.messages(_GRAPH_NODE)))
     weights = graph.messages(_GRAPH_INITIALIZER)
-    floating = {weight.text(_TENSOR_NAME) for weight in weights if weight.number(_TENSOR_TYPE) in FLOATING}
-    for node in nodes:
-        if node.op_type not in SIZES and (node.to in FLOATING or not floating.isdisjoint(node.inputs)):
-            floating.update(filter(None, node.outputs))
+    floating = _made_of(nodes, {w.text(_TENSOR_NAME) for w in weights if w.number(_TENSOR_TYPE) in FLOATING})
+    functions = {
+        (f.text(_FUNCTION_DOMAIN), f.text(_FUNCTION_NAME)): Function(
+            f.texts(_FUNCTION_INPUT), tuple(map(_node, f.messages(_FUNCTION_NODE)))
+        )
+        for f in model.messages(_MODEL_FUNCTION)
+    }
     return OnnxFile(
         ir_version=model.number(_MODEL_IR),
         opsets={opset.text(_OPSET_DOMAIN): opset.number(_OPSET_VERSION) for opset in model.messages(_MODEL_OPSET)},
         nodes=nodes,
         weights={weight.text(_TENSOR_NAME): weight.numbers(_TENSOR_DIMS) for weight in weights},
-        floating=frozenset(floating),
+        floating=floating,
+        inside=_inside(nodes, floating, functions),
     )
+
+
+def _made_of(nodes: Iterable[Node], floating: AbstractSet[str]) -> frozenset[str]:
+    """`floating`, and all that the nodes make of it."""
+    found = set(floating)
+    for node in nodes:
+        if node.works_on(found):
+            found.update(filter(None, node.outputs))
+    return frozenset(found)
+
+
+def _inside(
+    nodes: Iterable[Node], floating: AbstractSet[str], functions: Mapping[tuple[str, str], Function]
+) -> dict[str, bool]:
+    """The named nodes in the functions that `nodes` call: whether they work on floats in any of the calls."""
+    found: dict[str, bool] = {}
+    for node in nodes:
+        called = (node.domain, node.op_type)
+        if function := functions.get(called):
+            given = {name for name, tensor in zip(function.inputs, node.inputs, strict=False) if tensor in floating}
+            within = _made_of(function.nodes, given)
+            others = {key: other for key, other in functions.items() if key != called}  # none calls itself
+            deeper = _inside(function.nodes, within, others)
+            for name, works in [*((n.name, n.works_on(within)) for n in function.nodes if n.name), *deeper.items()]:
+                found[name] = works or found.get(name, False)
+    return found
 
 
 def _node(node: _Message) -> Node:

@@ -24,7 +24,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.bundle import DOMAIN
 from export.half import rewritten, steps
-from export.ops.int8_function import DEPTH, INT8_LINEAR, LEVELS, int8_linear, panels
+from export.int8_fusion import fused
+from export.ops.int8_function import DEPTH, FORMS, INT8_LINEAR, LEVELS, int8_function, panels
 
 LEVELS_W = 127  # steps from 0 to a channel's largest |W|
 
@@ -84,7 +85,10 @@ def int8(model: onnx.ModelProto) -> onnx.ModelProto:
         weights += [numpy_helper.from_array(array, f"{name}.{kind}") for kind, array in stored.items()]
         inputs = [x, *(f"{name}.{kind}" for kind in stored), bias]
         nodes.append(helper.make_node(INT8_LINEAR, inputs, [output], node.name, domain=DOMAIN))
-    return _with(model, nodes, weights, [int8_linear()])
+    nodes, more = fused(nodes)
+    used = {node.op_type for node in nodes if node.domain == DOMAIN}
+    functions = [int8_function(name) for name in FORMS if name in used]
+    return _with(model, nodes, [*weights, *more], functions)
 
 
 def _biases(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:

@@ -120,6 +120,7 @@ class Runtime:
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry(RECORD, "1")
-        if self.ops and activation and self.ops.fits(activation.name, activation.digest, CUDA in providers):
-            library.register(options, self.ops)
+        cuda = CUDA in providers
+        if self.ops and activation and self.ops.fits(activation.name, activation.digest, cuda):
+            library.register(options, self.ops, cuda)
         return onnxruntime.InferenceSession(str(model), options, providers=providers, enable_fallback=0)

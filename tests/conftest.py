@@ -75,13 +75,13 @@ def fused(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest, fused):
-    """Runs one instruction set's loops, and puts back what ran before."""
+    """Runs one instruction set's loops, and puts back what ran before; None leaves all as it is."""
     from actuary import BadInput
     from export.ops import library
 
     before = library.running_isa(fused)
     try:
-        library.use_isa(fused, request.param)
+        library.use_isa(fused, request.param or before)
     except BadInput as error:
         pytest.skip(str(error))
     yield request.param

@@ -32,7 +32,9 @@ import pytest
 from conftest import free_port
 from ruamel.yaml import YAML
 
-from export.bundle import read_manifest
+from export import onnx_file
+from export.audit import foreseen_on_cuda
+from export.bundle import MODEL, read_manifest
 from loadtest.samples import read_samples
 
 ROOT = Path(__file__).parents[1]
@@ -300,7 +302,8 @@ def test_what_is_exported_for_the_gpu_is_what_cuda_takes(host: Host, bundles_vol
     assert gpu.start("export-gpu").wait(timeout=120) == 0, gpu.log("export-gpu")
     for name in ("gelu", "swiglu"):
         manifest = read_manifest(gpu.folder / "bundles" / name)
-        assert manifest.flavor == "portable"  # of which nothing is known to keep it from CUDA (tests/test_audit.py)
+        assert manifest.flavor == "portable"
+        assert foreseen_on_cuda(onnx_file.read(gpu.folder / "bundles" / name / MODEL), manifest.precision) == ""
         assert read_manifest(bundles_volume / name).flavor == "ort"
 
 

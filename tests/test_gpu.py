@@ -44,18 +44,18 @@ def cuda_ops(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def portable(tiny_checkpoint, tmp_path_factory):
-    """Bundles that run on CUDA whole: GroupQueryAttention has no float32 kernel there."""
-    out = tmp_path_factory.mktemp("portable")
+@pytest.fixture(scope="module", params=["ort", "portable"])
+def exported(request, tiny_checkpoint, tmp_path_factory):
+    """Bundles of one flavour, which --provider cuda refuses where any of their floating-point work falls to the CPU."""
+    out = tmp_path_factory.mktemp(request.param)
     for activation, head in TINY_VARIANTS:
-        export_bundle(tiny_checkpoint(activation, head), out, flavor="portable")
+        export_bundle(tiny_checkpoint(activation, head), out, flavor=request.param)
     return out
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_cuda_serves_what_the_cpu_serves(portable, cuda_ops, fused: bool):
-    """Over HTTP, without and with the fused operators, which must then run on the device."""
+def test_cuda_serves_what_the_cpu_serves(exported, cuda_ops, fused: bool):
+    """Over HTTP, without and with the fused operators, of which the activations' must then run on the device."""
     pytest.importorskip("fastapi", reason="the service's packages are not installed")
     if fused and not cuda_ops.exists():
         pytest.skip("no nvcc: the fused operators have no CUDA half here")
@@ -66,7 +66,7 @@ def test_cuda_serves_what_the_cpu_serves(portable, cuda_ops, fused: bool):
         return json.load(urllib.request.urlopen(request, timeout=60))
 
     def answers(provider: str, ops: str) -> tuple[list[str], list[dict]]:
-        with serving(portable, "--provider", provider, "--ops", ops) as (url, _):
+        with serving(exported, "--provider", provider, "--ops", ops) as (url, _):
             why_not = [model["unfused"] for model in asked(f"{url}/v1/models")["data"]]
             body = {"model": "*", "prompt": PROMPTS, "top_k": 5}
             return why_not, asked(f"{url}/v1/next-token", body)["results"]

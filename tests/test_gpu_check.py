@@ -18,6 +18,7 @@ import torch
 
 from actuary import BadInput, GateFailed
 from export import onnx_file
+from export.graph import build as build_graph
 from export.ops import build, error_bound, gpu_check, gpu_measure
 from export.ops.check import one_node, open_session, probes, worst_ratio
 from export.ops.device import ON_CPU, ON_CUDA, run_once
@@ -182,9 +183,12 @@ def test_a_model_is_exported_held_to_torch_and_timed(fused, corpus, tmp_path, mo
 
 
 def test_a_model_that_would_visit_the_cpu_is_not_timed_on_the_device(fused, corpus, tmp_path, monkeypatch):
+    """As float32 with GroupQueryAttention would, which no export writes now."""
+    from export import exporter
     from models.corpus import Corpus
 
     monkeypatch.setattr(Corpus, "read", lambda *_: corpus)
+    monkeypatch.setattr(exporter, "build", lambda decoder, flavor, cache: build_graph(decoder, flavor))
     shape = {"layers": 2, "dim": 32, "heads": 2, "context": 16, "vocab_size": 300}
     on_cuda = fused.model_copy(update={"cuda": ["90"]})
     row = measure_model(ModelCase("tiny", shape, "swiglu", "fp32", "ort"), on_cuda, ON_CUDA, tmp_path, (1,), 16, 3)
@@ -192,6 +196,16 @@ def test_a_model_that_would_visit_the_cpu_is_not_timed_on_the_device(fused, corp
     assert "GroupQueryAttention" in row["skipped"]
     assert (row["failed"], row["latency"]) == ({}, [])
     assert gpu_measure.foreseen_on_cuda(onnx_file.read(tmp_path / "tiny-fp32-ort" / "model.onnx"), "fp16") == ""
+
+
+def test_nothing_that_it_exports_is_known_to_visit_the_cpu(tiny_checkpoint, tmp_path):
+    from export import exporter
+
+    for precision, flavor in gpu_check.EXPORTS:
+        path, _ = exporter.export_bundle(
+            tiny_checkpoint("swiglu"), tmp_path, f"{precision}-{flavor}", flavor=flavor, precision=precision
+        )
+        assert gpu_measure.foreseen_on_cuda(onnx_file.read(path / "model.onnx"), precision) == ""
 
 
 def test_an_nvcc_that_is_none_is_named_with_all_else_that_is_missing(monkeypatch):

@@ -17,6 +17,8 @@ ALLOWED = {
     "service": {"export.audit", "export.bundle", "export.onnx_file", "export.ops.library"},
     "loadtest": set(),
 }
+# Engines that ours is measured against: programs of other environments, which nothing of ours imports.
+RIVALS = ROOT / "loadtest" / "rivals"
 HEAVY = {"torch", "transformers", "accelerate", "onnx", "safetensors"}
 SERVER = {"fastapi", "starlette", "uvicorn"}
 FORBIDDEN = {
@@ -45,7 +47,7 @@ def inside(name: str, packages: set[str]) -> bool:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_follow_the_arrows(room: str):
-    files = sorted((ROOT / room).rglob("*.py"))
+    files = [path for path in sorted((ROOT / room).rglob("*.py")) if path.parent != RIVALS]
     assert files
     for path in files:
         for name in imported(path):
@@ -55,6 +57,12 @@ def test_imports_follow_the_arrows(room: str):
             ):  # `from export import bundle` reads as export.bundle too
                 assert inside(name, ALLOWED[room] | {room}), f"{path.relative_to(ROOT)} imports {name}"
             assert not inside(name, FORBIDDEN[room]), f"{path.relative_to(ROOT)} imports {name}"
+            assert not inside(name, {"loadtest.rivals"}), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_rivals_import_nothing_of_ours():
+    for path in RIVALS.glob("*.py"):
+        assert not any(inside(name, {*ROOMS, "actuary"}) for name in imported(path)), path
 
 
 def test_what_the_service_sees_of_export_needs_no_heavy_library():

@@ -1,20 +1,35 @@
-"""Int8Linear: the kernel on each instruction set, the function that travels in the file, and float64, held together."""
+"""Int8Linear and its forms: the kernel on each instruction set, the function that travels in the file, and float64,
+held together; and what becomes of a graph."""
 
 from __future__ import annotations
 
 import platform
+from collections import Counter
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from test_precision import other_family
 
 from export import bundle, parity
 from export.bundle import DOMAIN, OPSET
 from export.graph import IR_VERSION, build
 from export.ops import library
-from export.ops.int8_function import DEPTH, INT8_LINEAR, LEVELS, PANEL, TINY, int8_linear, panels
+from export.ops.int8_function import (
+    DEPTH,
+    FORMS,
+    INT8_LINEAR,
+    INT8_LINEAR_ADD,
+    LAYER_NORM_INT8_LINEAR,
+    LEVELS,
+    PANEL,
+    RMS_NORM_INT8_LINEAR,
+    TINY,
+    int8_function,
+    panels,
+)
 from export.precision import int8, quantised
 
 ISAS = ["x86-64-v4", "x86-64-v3", "x86-64"] if platform.machine() == "x86_64" else [platform.machine()]
@@ -41,11 +56,15 @@ def stored(W: np.ndarray, bias: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def opened(
-    tensors: dict[str, np.ndarray], fused: library.Library | None = None, function: bool = True, threads: int = 1
+    tensors: dict[str, np.ndarray],
+    fused: library.Library | None = None,
+    function: bool = True,
+    threads: int = 1,
+    form: str = INT8_LINEAR,
 ) -> onnxruntime.InferenceSession:
-    """A model of the operator alone; `tensors` lie in it, x is fed."""
+    """A model of the operator alone; `tensors` lie in it in the order of its inputs, x is fed."""
     graph = helper.make_graph(
-        [helper.make_node(INT8_LINEAR, ["x", *FEEDS], ["y"], domain=DOMAIN)],
+        [helper.make_node(form, ["x", *tensors], ["y"], domain=DOMAIN)],
         "int8",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
@@ -53,7 +72,7 @@ def opened(
     )
     model = helper.make_model(
         graph,
-        functions=[int8_linear()] if function else [],
+        functions=[int8_function(form)] if function else [],
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
         ir_version=IR_VERSION,
     )
@@ -88,9 +107,11 @@ def has_exact_products() -> bool:
     return bool(y[0, 0] == 2 * 255 * 127)
 
 
-def by_hand(x: np.ndarray, tensors: dict[str, np.ndarray], W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def by_hand(
+    x: np.ndarray, tensors: dict[str, np.ndarray], W: np.ndarray, on_border: float = 1e-4
+) -> tuple[np.ndarray, np.ndarray]:
     """What the steps say in float64, and how far float32's may be from it: each of its last four roundings at the size
-    of its operand, and a number on the border between two steps on either side of it."""
+    of its operand, and a number within `on_border` steps of the border between two on either side of it."""
     q, step = quantised(W)
     x = x.astype(np.float64)
     least, largest = (f(x, axis=-1, keepdims=True) for f in (np.min, np.max))
@@ -98,9 +119,14 @@ def by_hand(x: np.ndarray, tensors: dict[str, np.ndarray], W: np.ndarray) -> tup
     zero = np.rint(-np.minimum(least, 0) / of_row)
     scaled = x / of_row
     whole = np.minimum(np.rint(scaled) + zero, LEVELS) - zero
-    border = np.abs(np.abs(scaled - np.rint(scaled)) - 0.5) < 1e-4
+    border = np.abs(np.abs(scaled - np.rint(scaled)) - 0.5) < on_border
     product = whole @ q * step * of_row
-    flips = (border | (np.abs(zero + least / of_row) > 0.4999)) @ np.abs(q).astype(np.float64) * step * of_row
+    flips = (
+        (border | (np.abs(zero + np.minimum(least, 0) / of_row) > 0.5 - on_border))
+        @ np.abs(q).astype(np.float64)
+        * step
+        * of_row
+    )
     return product + tensors["bias"], 1e-6 * (np.abs(product) + np.abs(tensors["bias"])) + flips
 
 
@@ -138,6 +164,48 @@ def test_the_kernel_computes_what_its_steps_say(fused, shape, K, N):
     of_x = 1.01 * of_row[..., None] * np.abs(q * step).sum(axis=0)
     of_W = np.abs(x).sum(axis=-1, keepdims=True, dtype=np.float64) * step / 2
     assert (np.abs(got - exact) <= of_x + of_W + 1e-5 * np.abs(exact)).all()
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize(("shape", "K", "N"), SHAPES, ids=str)
+def test_a_residual_is_added_to_the_last_bit(fused, isa, shape, K, N):
+    rng = np.random.default_rng(K + N)
+    W, x = rng.normal(size=(K, N)).astype(np.float32), rows(rng, *shape, K)
+    tensors = stored(W, rng.normal(size=N).astype(np.float32))
+    residual = rng.normal(size=(*shape, N)).astype(np.float32)
+    plain = run(opened(tensors, fused), x)
+    for library_, threads in ((fused, 1), (fused, 2), (None, 1)):
+        if library_ or has_exact_products():
+            session = opened({**tensors, "residual": residual}, library_, threads=threads, form=INT8_LINEAR_ADD)
+            np.testing.assert_array_equal(run(session, x), plain + residual)
+
+
+def normed(x: np.ndarray, gain: np.ndarray, epsilon: float, shift: np.ndarray | None) -> np.ndarray:
+    x = x.astype(np.float64)
+    if shift is not None:
+        x = x - x.mean(axis=-1, keepdims=True)
+    y = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + epsilon) * gain
+    return y if shift is None else y + shift
+
+
+@pytest.mark.parametrize("isa", [*ISAS, None], indirect=True)
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(("shape", "K", "N"), [(s, K, N) for s, K, N in SHAPES if K > 8], ids=str)
+def test_a_norm_of_x_is_that_of_float64(fused, isa, centred, shape, K, N):
+    """Kernel and function sum in orders of their own: both stand to the same bound."""
+    rng = np.random.default_rng(K + N)
+    W = rng.normal(size=(K, N)).astype(np.float32)
+    x = (rng.normal(size=(*shape, K)) * 10 ** rng.uniform(-1, 3, size=(*shape, 1)) + 0.5).astype(np.float32)
+    tensors = stored(W, rng.normal(size=N).astype(np.float32))
+    gain, shift = (rng.normal(size=K).astype(np.float32) for _ in range(2))
+    scales = {"gain": gain, "epsilon": np.array([0.1], np.float32), **({"shift": shift} if centred else {})}
+    form = LAYER_NORM_INT8_LINEAR if centred else RMS_NORM_INT8_LINEAR
+    # A mean of K numbers and a root: some 1e-6 of 255 steps.
+    wanted, allowed = by_hand(normed(x, gain, 0.1, scales.get("shift")), tensors, W, on_border=1e-3)
+    sessions = [opened(tensors | scales, fused if isa else None, threads=n, form=form) for n in (1, 2)]
+    one, two = (run(session, x) for session in sessions)
+    np.testing.assert_array_equal(one, two)
+    assert (np.abs(one - wanted) <= allowed + 1e-5 * np.abs(wanted).max(axis=-1, keepdims=True)).all()
 
 
 @pytest.mark.parametrize("fuse", [True, False])
@@ -199,14 +267,34 @@ TYPES = {"weights": np.int8, "sums": np.int32}
 
 
 @pytest.mark.parametrize(
+    ("form", "more", "says"),
+    [
+        (INT8_LINEAR_ADD, {"residual": (2, 4)}, r"Add: residual has shape \[2, 4\]; it must be \[2, 5\], as y"),
+        (INT8_LINEAR_ADD, {"residual": (5,)}, r"residual has shape \[5\]; it must be \[2, 5\], as y"),
+        (RMS_NORM_INT8_LINEAR, {"gain": (7,), "epsilon": (1,)}, r"gain has shape \[7\]; it must be \[8\]"),
+        (RMS_NORM_INT8_LINEAR, {"gain": (8,), "epsilon": ()}, r"epsilon has shape \[\]; it must be \[1\]"),
+        (
+            LAYER_NORM_INT8_LINEAR,
+            {"gain": (8,), "epsilon": (1,), "shift": (5,)},
+            r"LayerNormInt8Linear: shift has shape \[5\]; it must be \[8\]",
+        ),
+    ],
+)
+def test_a_wrong_shape_of_what_a_form_adds_is_named(fused, form, more, says):
+    tensors = {name: np.zeros(shape, TYPES.get(name, np.float32)) for name, shape in {**GOOD, **more}.items()}
+    with pytest.raises(Exception, match=says):
+        run(opened(tensors, fused, function=False, form=form), np.zeros((2, 8), np.float32))
+
+
+@pytest.mark.parametrize(
     ("change", "x", "says"),
     [
         ({}, (2, 12), r"weights have shape \[1, 2, 64, 4\]; for x \[2, 12\] and N = 5 it must be \[1, K / 4, 64, 4\]"),
         ({"weights": (2, 2, 64, 4)}, (2, 8), r"weights have shape \[2, 2, 64, 4\]"),
         ({"weights": (1, 2, 32, 8)}, (2, 8), r"weights have shape \[1, 2, 32, 8\]"),
         ({"step": (1, 5)}, (2, 8), r"step has shape \[1, 5\]; it must be \[N\]"),
-        ({"sums": (4,)}, (2, 8), r"sums has shape \[4\]; it must be \[5\], as step"),
-        ({"bias": (2, 5)}, (2, 8), r"bias has shape \[2, 5\]; it must be \[5\], as step"),
+        ({"sums": (4,)}, (2, 8), r"sums has shape \[4\]; it must be \[5\]"),
+        ({"bias": (2, 5)}, (2, 8), r"bias has shape \[2, 5\]; it must be \[5\]"),
         ({}, (), "x has 0 dimensions; it must have 1 to 16, the last of them K"),
     ],
 )
@@ -284,3 +372,63 @@ def test_a_batch_equals_its_singles(tiny_checkpoint, fused, fuse):
     together = session.run([bundle.LOGITS], parity._feed(prompts))[0]
     alone = np.concatenate([session.run([bundle.LOGITS], parity._feed([prompt]))[0] for prompt in prompts])
     np.testing.assert_allclose(together, alone, rtol=0, atol=2 * parity.model_bound(decoder) * np.abs(alone).max())
+
+
+def kinds(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+@pytest.mark.parametrize(
+    ("centred", "norm"), [(False, RMS_NORM_INT8_LINEAR), (True, LAYER_NORM_INT8_LINEAR)], ids=["rms", "layer"]
+)
+def test_norms_and_sums_go_within_the_products(tiny_checkpoint, centred, norm):
+    """Of two blocks: qkv or q and kv, and up, take their norms, but for the first, which adds nothing; out and down the
+    sum; the head takes the last norm."""
+    decoder = tiny_checkpoint("gelu").decoder
+    if centred:
+        decoder = other_family(decoder)
+    plain = build(decoder)
+    model = int8(plain)
+    assert sum("Skip" in kind for kind in kinds(plain)) == 1
+    assert not any("Skip" in kind for kind in kinds(model))
+    assert {kind: n for kind, n in kinds(model).items() if kind in FORMS} == {
+        INT8_LINEAR: 1,
+        INT8_LINEAR_ADD: 4,
+        norm: 2 + 2 + 1,
+    }
+    assert [function.name for function in model.functions if function.name in FORMS] == [
+        INT8_LINEAR, INT8_LINEAR_ADD, norm
+    ]  # fmt: skip
+    onnx.checker.check_model(model)
+
+
+def test_the_portable_flavour_keeps_norms_of_its_own(tiny_checkpoint):
+    model = int8(build(tiny_checkpoint("gelu").decoder, "portable"))
+    assert {kind: n for kind, n in kinds(model).items() if kind in FORMS} == {INT8_LINEAR: 10}
+    assert [function.name for function in model.functions if function.name in FORMS] == [INT8_LINEAR]
+
+
+@pytest.mark.parametrize("reader", ["the norm", "delta"])
+def test_what_others_read_stays(tiny_checkpoint, reader):
+    """One more reader of the second norm, or of what it adds, and that norm keeps its node."""
+    model = build(tiny_checkpoint("gelu").decoder)
+    norm = next(node for node in model.graph.node if "Skip" in node.op_type)
+    name = norm.output[0] if reader == "the norm" else norm.input[1]
+    at = list(model.graph.node).index(norm) + 1
+    more = helper.make_node("Abs", [name], ["more"], "more")
+    nodes = [*model.graph.node[:at], more, *model.graph.node[at:]]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    before, after = (sum("Skip" in node.op_type for node in m.graph.node) for m in (model, int8(model)))
+    assert (before, after) == (4, 1)
+
+
+def test_the_kernels_pass_the_gate_that_the_functions_pass(tiny_checkpoint, fused):
+    """The gate asks a runtime without the library; here one with it stands to the same noise."""
+    checkpoint = tiny_checkpoint("swiglu")
+    plain = build(checkpoint.decoder)
+    options = onnxruntime.SessionOptions()
+    library.register(options, fused)
+    model = int8(plain).SerializeToString()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    assert parity.check_int8(checkpoint.decoder, checkpoint.model, session.run, plain, seed=3).noise <= 1.25

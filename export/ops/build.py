@@ -54,7 +54,12 @@ ISAS = {
 }
 # Int8Linear's loops know these besides AVX2 and plain C++: name in C++ -> (its level of ISAS, flags, what it asks for).
 INT8_ISAS = {"vnni": ("v4", ("-mavx512vnni",), "avx512vnni")}
-INT8_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")  # each product and sum rounds, as in ONNX
+INT8_FLAGS = (
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    "-ffp-contract=off",
+)  # each product and sum rounds, as in ONNX
 LIBMVEC_PROBE = """
 extern "C" __attribute__((simd("notinbranch"))) float expm1f(float) noexcept;
 extern "C" __attribute__((simd("notinbranch"))) float log1pf(float) noexcept;

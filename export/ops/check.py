@@ -67,7 +67,7 @@ def open_session(
     if strict:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if fused:
-        library.register(options, fused)
+        library.register(options, fused, cuda=provider != CPU)
     try:
         session = onnxruntime.InferenceSession(
             model, options, providers=[provider], provider_options=[settings or {}], enable_fallback=0

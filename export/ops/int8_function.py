@@ -18,28 +18,58 @@ from numpy.typing import NDArray
 from export.bundle import DOMAIN, OPSET
 
 INT8_LINEAR = "Int8Linear"
+INT8_LINEAR_ADD = "Int8LinearAdd"  # y + residual
+RMS_NORM_INT8_LINEAR, LAYER_NORM_INT8_LINEAR = "RmsNormInt8Linear", "LayerNormInt8Linear"  # of a norm of x
 PANEL, DEPTH = 64, 4  # kPanel, kDepth of native/int8_linear.h
 LEVELS = 255  # steps over the range of a row, with 0 in it
 TINY = 1e-35  # kTiny: the step of a row of zeros, whose inverse is a float
-MOST_ROWS = 2**16  # kMostRows: more rows of W could overflow int32
+
+_RMS_NORM = """
+            squares = Mul (given, given)
+            mean_square = ReduceMean (squares, last)
+            of_norm = Add (mean_square, epsilon)
+            root = Sqrt (of_norm)
+            of_size_one = Div (given, root)
+            x = Mul (of_size_one, gain)
+"""
+_LAYER_NORM = """
+            mean = ReduceMean (given, last)
+            centred = Sub (given, mean)
+            squares = Mul (centred, centred)
+            mean_square = ReduceMean (squares, last)
+            of_norm = Add (mean_square, epsilon)
+            root = Sqrt (of_norm)
+            of_size_one = Div (centred, root)
+            scaled_up = Mul (of_size_one, gain)
+            x = Add (scaled_up, shift)
+"""
+# Name: what x is called when it is given, further inputs, nodes that make x of it, the node that makes y.
+FORMS = {
+    INT8_LINEAR: ("x", "", "", "y = Add (product, bias)"),
+    INT8_LINEAR_ADD: ("x", ", residual", "", "biased = Add (product, bias) y = Add (biased, residual)"),
+    RMS_NORM_INT8_LINEAR: ("given", ", gain, epsilon", _RMS_NORM, "y = Add (product, bias)"),
+    LAYER_NORM_INT8_LINEAR: ("given", ", gain, epsilon, shift", _LAYER_NORM, "y = Add (product, bias)"),
+}
 
 
-def int8_linear() -> onnx.FunctionProto:
-    """The function ai.actuary::Int8Linear.
+def int8_function(name: str) -> onnx.FunctionProto:
+    """The function ai.actuary::NAME, one of Int8Linear's forms.
 
     Its inputs are x [..., K], weights int8 as `panels` lays them, step [N], sums int32 [N] of W's columns, bias [N];
-    its output is y [..., N]. K is a multiple of DEPTH. What depends on the weights alone a runtime computes when it
-    loads them. A row with NaN or an infinity in it comes out as NaN, by `poison`: a minimum may lose it.
+    then `residual` [..., N], or of a norm gain [K], epsilon [1] and shift [K]. Its output is y [..., N]. K is a
+    multiple of DEPTH. What depends on the weights alone a runtime computes when it loads them. A row with NaN or an
+    infinity in it comes out as NaN, by `poison`: a minimum may lose it.
     """
+    given, inputs, norm, end = FORMS[name]
     text = f"""
         <domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
-        {INT8_LINEAR} (x, weights, step, sums, bias) => (y)
+        {name} ({given}, weights, step, sums, bias{inputs}) => (y)
         {{
             last = Constant <value_ints = [-1]> ()
             nought = Constant <value_float = 0.0> ()
             levels = Constant <value_float = {LEVELS}.0> ()
             tiny = Constant <value_float = {TINY}> ()
-
+            {norm}
             least_of_row = ReduceMin (x, last)
             largest_of_row = ReduceMax (x, last)
             least = Min (least_of_row, nought)
@@ -76,7 +106,7 @@ def int8_linear() -> onnx.FunctionProto:
             wide = Cast <to = {onnx.TensorProto.FLOAT}> (exact)
             by_column = Mul (wide, step)
             product = Mul (by_column, step_of_row)
-            y = Add (product, bias)
+            {end}
         }}
     """
     return onnx.parser.parse_function(text)

@@ -1,4 +1,4 @@
-// The operator Int8Linear: the host check of a call, which loops run, and how the call is cut for threads.
+// The operators of Int8Linear's forms: the host check of a call, which loops run, and how the call is cut for threads.
 #include "int8_linear.h"
 
 #include <algorithm>
@@ -36,53 +36,105 @@ const Int8Loops& loops() {
   return *std::end(kChoices)[-1].loops;
 }
 
-constexpr char kName[] = "Int8Linear";
+enum Norm { kNone, kRms, kLayer };
+
+struct Form {
+  const char* name;
+  Norm norm;
+  bool residual;
+  // x, weights, step, sums, bias; then gain and epsilon, and for a centred norm shift; or the residual.
+  size_t inputs() const { return 5 + (norm == kLayer ? 3 : norm == kRms ? 2 : 0) + residual; }
+};
+
+constexpr Form kForms[] = {
+    {"Int8Linear", kNone, false},
+    {"Int8LinearAdd", kNone, true},
+    {"RmsNormInt8Linear", kRms, false},
+    {"LayerNormInt8Linear", kLayer, false},
+};
+constexpr size_t kExtra = 5;  // the first input that not all forms have
 
 // One call, checked: x [rows, K] -> y [rows, N].
 struct Call {
   const float *x, *step, *bias;
   const int8_t* weights;
   const int32_t* sums;
+  Int8Norm norm;
+  const float* residual;
   float* y;
   int64_t rows, K, N;
 };
 
-ort::Status* vector_of(ort::Api api, const ort::Context* context, size_t index, const char* called,
-                       ort::ElementType type, int64_t N, const void** pointer) {
+template <class T>
+ort::Status* vector_of(ort::Api api, const ort::Context* context, size_t index, const char* op, const char* called,
+                       ort::ElementType type, int64_t size, const T** pointer) {
   char text[96];
   Tensor tensor;
-  if (auto* error = read(api, context, index, kName, type, &tensor)) return error;
-  if (tensor.rank != 1 || tensor.dims[0] != N) {
-    return refuse(api, "%s: %s has shape %s; it must be [%lld], as step", kName, called, shape(tensor, text),
-                  static_cast<long long>(N));
+  const void* found = nullptr;
+  if (auto* error = read(api, context, index, op, type, &tensor)) return error;
+  if (tensor.rank != 1 || tensor.dims[0] != size) {
+    return refuse(api, "%s: %s has shape %s; it must be [%lld]", op, called, shape(tensor, text),
+                  static_cast<long long>(size));
   }
-  return data(api, tensor.value, pointer);
+  if (auto* error = data(api, tensor.value, &found)) return error;
+  *pointer = static_cast<const T*>(found);
+  return nullptr;
 }
 
-ort::Status* check(ort::Api api, ort::Context* context, Call* call) {
+ort::Status* check_norm(ort::Api api, const ort::Context* context, const Form& form, Call* call) {
+  const char* op = form.name;
+  const float* epsilon = nullptr;
+  call->norm = {};
+  if (form.norm == kNone) return nullptr;
+  if (auto* error = vector_of(api, context, kExtra, op, "gain", ort::kFloat, call->K, &call->norm.gain)) return error;
+  if (auto* error = vector_of(api, context, kExtra + 1, op, "epsilon", ort::kFloat, 1, &epsilon)) return error;
+  call->norm.epsilon = *epsilon;
+  if (form.norm == kRms) return nullptr;
+  return vector_of(api, context, kExtra + 2, op, "shift", ort::kFloat, call->K, &call->norm.shift);
+}
+
+ort::Status* check_residual(ort::Api api, const ort::Context* context, const Form& form, const int64_t* dims,
+                            size_t rank, Call* call) {
+  char text[96], other[96];
+  Tensor tensor;
+  const void* found = nullptr;
+  call->residual = nullptr;
+  if (!form.residual) return nullptr;
+  if (auto* error = read(api, context, kExtra, form.name, ort::kFloat, &tensor)) return error;
+  if (tensor.rank != rank || !std::equal(dims, dims + rank, tensor.dims)) {
+    const Tensor y = {nullptr, ort::kFloat, dims, rank};
+    return refuse(api, "%s: residual has shape %s; it must be %s, as y", form.name, shape(tensor, text),
+                  shape(y, other));
+  }
+  if (auto* error = data(api, tensor.value, &found)) return error;
+  call->residual = static_cast<const float*>(found);
+  return nullptr;
+}
+
+ort::Status* check(ort::Api api, ort::Context* context, const Form& form, Call* call) {
+  const char* op = form.name;
   char text[96], other[96];
   Tensor x, weights, step;
   const void* pointer = nullptr;
-  if (auto* error = read(api, context, 0, kName, ort::kFloat, &x)) return error;
-  if (auto* error = read(api, context, 1, kName, ort::kInt8, &weights)) return error;
-  if (auto* error = read(api, context, 2, kName, ort::kFloat, &step)) return error;
+  if (auto* error = read(api, context, 0, op, ort::kFloat, &x)) return error;
+  if (auto* error = read(api, context, 1, op, ort::kInt8, &weights)) return error;
+  if (auto* error = read(api, context, 2, op, ort::kFloat, &step)) return error;
   if (x.rank == 0 || x.rank > kMaxRank) {
-    return refuse(api, "%s: x has %zu dimensions; it must have 1 to %d, the last of them K", kName, x.rank, kMaxRank);
+    return refuse(api, "%s: x has %zu dimensions; it must have 1 to %d, the last of them K", op, x.rank, kMaxRank);
   }
   call->K = x.dims[x.rank - 1];
   call->N = step.rank == 1 ? step.dims[0] : -1;
   const int64_t panels = (call->N + kPanel - 1) / kPanel;
-  if (call->N < 0) return refuse(api, "%s: step has shape %s; it must be [N]", kName, shape(step, text));
+  if (call->N < 0) return refuse(api, "%s: step has shape %s; it must be [N]", op, shape(step, text));
   if (weights.rank != 4 || weights.dims[0] != panels || weights.dims[1] * kDepth != call->K ||
       weights.dims[2] != kPanel || weights.dims[3] != kDepth || call->K > kMostRows) {
     return refuse(api, "%s: weights have shape %s; for x %s and N = %lld it must be [%lld, K / 4, 64, 4], K at most %lld",
-                  kName, shape(weights, text), shape(x, other), static_cast<long long>(call->N),
+                  op, shape(weights, text), shape(x, other), static_cast<long long>(call->N),
                   static_cast<long long>(panels), static_cast<long long>(kMostRows));
   }
-  if (auto* error = vector_of(api, context, 3, "sums", ort::kInt32, call->N, &pointer)) return error;
-  call->sums = static_cast<const int32_t*>(pointer);
-  if (auto* error = vector_of(api, context, 4, "bias", ort::kFloat, call->N, &pointer)) return error;
-  call->bias = static_cast<const float*>(pointer);
+  if (auto* error = vector_of(api, context, 3, op, "sums", ort::kInt32, call->N, &call->sums)) return error;
+  if (auto* error = vector_of(api, context, 4, op, "bias", ort::kFloat, call->N, &call->bias)) return error;
+  if (auto* error = check_norm(api, context, form, call)) return error;
   if (auto* error = data(api, x.value, &pointer)) return error;
   call->x = static_cast<const float*>(pointer);
   if (auto* error = data(api, weights.value, &pointer)) return error;
@@ -94,6 +146,7 @@ ort::Status* check(ort::Api api, ort::Context* context, Call* call) {
   call->rows = 1;
   for (size_t i = 0; i + 1 < x.rank; ++i) call->rows *= dims[i] = x.dims[i];
   dims[x.rank - 1] = call->N;
+  if (auto* error = check_residual(api, context, form, dims, x.rank, call)) return error;
   ort::Value* y = nullptr;
   if (auto* error = ort::get_output(api, context, size_t{0}, static_cast<const int64_t*>(dims), x.rank, &y)) {
     return error;
@@ -107,13 +160,14 @@ ort::Status* check(ort::Api api, ort::Context* context, Call* call) {
 // Rows as the loops want them; each thread keeps the room.
 struct Quantised {
   std::vector<uint8_t> q;
-  std::vector<float> step;
+  std::vector<float> step, room;
   std::vector<int32_t> zero;
 
-  void fill(const Int8Loops& loops, const float* x, int64_t rows, int64_t K) {
-    if (q.size() < static_cast<size_t>(rows * K)) q.resize(rows * K);
+  void fill(const Int8Loops& loops, const Call& call, int64_t first, int64_t rows) {
+    if (q.size() < static_cast<size_t>(rows * call.K)) q.resize(rows * call.K);
     if (step.size() < static_cast<size_t>(rows)) step.resize(rows), zero.resize(rows);
-    loops.quantise(x, rows, K, q.data(), step.data(), zero.data());
+    if (call.norm.gain && room.size() < static_cast<size_t>(call.K)) room.resize(call.K);
+    loops.quantise(call.x + first * call.K, rows, call.K, call.norm, room.data(), q.data(), step.data(), zero.data());
   }
 };
 thread_local Quantised of_this_thread;
@@ -125,13 +179,16 @@ struct Work {
   int64_t size;                // rows or panels of a task
 };
 
-void panels(const Work& work, const Quantised& x, int64_t rows, float* y, int64_t first, int64_t last) {
+// Of `rows` rows from the one at `row`, the panels [first, last).
+void panels(const Work& work, const Quantised& x, int64_t row, int64_t rows, int64_t first, int64_t last) {
   const Call& call = *work.call;
+  const int64_t at = row * call.N;
   for (int64_t p = first; p < last; ++p) {
     const int64_t n = p * kPanel;
     const Int8Panel panel = {call.weights + n * call.K, call.sums + n, call.step + n,
                              call.bias + n,             call.K,        std::min(kPanel, call.N - n)};
-    work.loops->multiply(x.q.data(), x.step.data(), x.zero.data(), rows, panel, y + n, call.N);
+    work.loops->multiply(x.q.data(), x.step.data(), x.zero.data(), rows, panel,
+                         call.residual ? call.residual + at + n : nullptr, call.y + at + n, call.N);
   }
 }
 
@@ -141,15 +198,14 @@ void some_rows(void* pointer, size_t index) {
   const Work& work = *static_cast<const Work*>(pointer);
   const Call& call = *work.call;
   const int64_t first = static_cast<int64_t>(index) * work.size, rows = std::min(work.size, call.rows - first);
-  of_this_thread.fill(*work.loops, call.x + first * call.K, rows, call.K);
-  panels(work, of_this_thread, rows, call.y + first * call.N, 0, panels_of(call));
+  of_this_thread.fill(*work.loops, call, first, rows);
+  panels(work, of_this_thread, first, rows, 0, panels_of(call));
 }
 
 void some_columns(void* pointer, size_t index) {
   const Work& work = *static_cast<const Work*>(pointer);
   const int64_t first = static_cast<int64_t>(index) * work.size;
-  panels(work, *work.quantised, work.call->rows, work.call->y, first,
-         std::min(first + work.size, panels_of(*work.call)));
+  panels(work, *work.quantised, 0, work.call->rows, first, std::min(first + work.size, panels_of(*work.call)));
 }
 
 constexpr int64_t kBlockProducts = 2'000'000;  // that are worth another thread: about 10 us
@@ -168,7 +224,7 @@ ort::Status* compute(ort::Api api, const ort::Context* context, const Call& call
     work.size = ((call.rows + count - 1) / count + 3) / 4 * 4;
     return run(some_rows, call.rows);
   }
-  of_this_thread.fill(*work.loops, call.x, call.rows, call.K);
+  of_this_thread.fill(*work.loops, call, 0, call.rows);
   const int64_t of_a_panel = std::max<int64_t>(call.rows * call.K * kPanel, 1);
   work.size = std::clamp<int64_t>(kBlockProducts / of_a_panel, 1, panels_of(call));
   return run(some_columns, panels_of(call));
@@ -176,6 +232,7 @@ ort::Status* compute(ort::Api api, const ort::Context* context, const Call& call
 
 struct Op : ort::CustomOp {
   ort::Api api;
+  const Form* form;
 };
 
 const Op& op_of(const ort::CustomOp* op) { return *static_cast<const Op*>(op); }
@@ -186,10 +243,10 @@ ort::Status* create_kernel(const ort::CustomOp* op, ort::Api, const ort::KernelI
 }
 
 ort::Status* run(void* kernel, ort::Context* context) {
-  const ort::Api api = op_of(static_cast<ort::CustomOp*>(kernel)).api;
+  const Op& op = op_of(static_cast<ort::CustomOp*>(kernel));
   Call call;
-  if (auto* error = check(api, context, &call)) return error;
-  return call.rows && call.N ? compute(api, context, call) : nullptr;
+  if (auto* error = check(op.api, context, *op.form, &call)) return error;
+  return call.rows && call.N ? compute(op.api, context, call) : nullptr;
 }
 
 // y has x's shape, but N, of step [N], where x has K. Says nothing where x's shape is not known: then the rank reads 0;
@@ -225,12 +282,20 @@ ort::Status* infer_shape(const ort::CustomOp* self, ort::ShapeContext* context) 
   return error;
 }
 
-Op make_op(ort::Api api) {
+// y may be written over the residual.
+int residual_input = kExtra, only_output = 0;
+size_t in_place(int** inputs, int** outputs) {
+  *inputs = &residual_input;
+  *outputs = &only_output;
+  return 1;
+}
+
+Op make_op(ort::Api api, const Form& form) {
   Op op{};
   op.version = ort::kCustomOpVersion;
-  op.name = [](auto*) { return kName; };
+  op.name = [](auto* self) { return op_of(self).form->name; };
   op.provider = [](auto*) { return "CPUExecutionProvider"; };
-  op.input_count = [](auto*) { return size_t{5}; };
+  op.input_count = [](auto* self) { return op_of(self).form->inputs(); };
   op.output_count = [](auto*) { return size_t{1}; };
   op.input_type = [](auto*, size_t index) {
     return static_cast<int>(index == 1 ? ort::kInt8 : index == 3 ? ort::kInt32 : ort::kFloat);
@@ -243,16 +308,29 @@ Op make_op(ort::Api api) {
   op.destroy_kernel = [](void*) {};
   op.compute = run;
   op.infer_shape = infer_shape;
+  if (form.residual) {
+    op.may_inplace = in_place;
+    op.release_inplace = [](int*, int*) {};
+  }
   op.api = api;
+  op.form = &form;
   return op;
 }
 
 }  // namespace
 
 const std::vector<const ort::CustomOp*>& linear_ops(ort::Api api) {
-  static const Op op = make_op(api);
-  static const std::vector<const ort::CustomOp*> ops = {&op};
-  return ops;
+  static const auto ops = [&] {
+    std::vector<Op> made;
+    for (const Form& form : kForms) made.push_back(make_op(api, form));
+    return made;
+  }();
+  static const auto pointers = [] {
+    std::vector<const ort::CustomOp*> all;
+    for (const Op& op : ops) all.push_back(&op);
+    return all;
+  }();
+  return pointers;
 }
 
 }  // namespace actuary

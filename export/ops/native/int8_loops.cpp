@@ -16,6 +16,7 @@
 #endif
 
 namespace {
+using actuary::Int8Norm;
 using actuary::Int8Panel;
 using actuary::kDepth;
 using actuary::kPanel;
@@ -67,7 +68,8 @@ void quantise_row(const float* x, int64_t K, const Scale& scale, uint8_t* q) {
 }
 
 template <int R>
-void tile(const uint8_t* q, const float* step, const int32_t* zero, const Int8Panel& panel, float* y, int64_t stride) {
+void tile(const uint8_t* q, const float* step, const int32_t* zero, const Int8Panel& panel,
+          const float* residual, float* y, int64_t stride) {
   __m512i sum[R][4];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_setzero_si512();
@@ -95,7 +97,11 @@ void tile(const uint8_t* q, const float* step, const int32_t* zero, const Int8Pa
     for (int r = 0; r < R; ++r) {
       const __m512i moved = _mm512_sub_epi32(sum[r][v], _mm512_mullo_epi32(_mm512_set1_epi32(zero[r]), sums));
       const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(moved), steps), _mm512_set1_ps(step[r]));
-      _mm512_mask_storeu_ps(y + r * stride + 16 * v, mask, _mm512_add_ps(scaled, bias));
+      __m512 sum_of_row = _mm512_add_ps(scaled, bias);
+      if (residual) {
+        sum_of_row = _mm512_add_ps(sum_of_row, _mm512_maskz_loadu_ps(mask, residual + r * stride + 16 * v));
+      }
+      _mm512_mask_storeu_ps(y + r * stride + 16 * v, mask, sum_of_row);
     }
   }
 }
@@ -138,7 +144,8 @@ void quantise_row(const float* x, int64_t K, const Scale& scale, uint8_t* q) {
 
 // vpmaddubsw would saturate at 255 * 127 * 2; in 16 bits vpmaddwd cannot. Of each sum's lanes two belong to a column.
 template <int R>
-void tile(const uint8_t* q, const float* step, const int32_t* zero, const Int8Panel& panel, float* y, int64_t stride) {
+void tile(const uint8_t* q, const float* step, const int32_t* zero, const Int8Panel& panel,
+          const float* residual, float* y, int64_t stride) {
   for (int64_t column = 0; column < panel.columns; column += 16) {
     __m256i sum[R][4];
     for (int r = 0; r < R; ++r) {
@@ -165,7 +172,8 @@ void tile(const uint8_t* q, const float* step, const int32_t* zero, const Int8Pa
       for (int64_t i = 0; i < last; ++i) {
         const int64_t n = column + i;
         const auto moved = static_cast<float>(pairs[2 * i] + pairs[2 * i + 1] - zero[r] * panel.sums[n]);
-        y[r * stride + n] = moved * panel.step[n] * step[r] + panel.bias[n];
+        const float sum_of_row = moved * panel.step[n] * step[r] + panel.bias[n];
+        y[r * stride + n] = residual ? sum_of_row + residual[r * stride + n] : sum_of_row;
       }
     }
   }
@@ -190,7 +198,8 @@ void quantise_row(const float* x, int64_t K, const Scale& scale, uint8_t* q) {
 }
 
 template <int R>
-void tile(const uint8_t* q, const float* step, const int32_t* zero, const Int8Panel& panel, float* y, int64_t stride) {
+void tile(const uint8_t* q, const float* step, const int32_t* zero, const Int8Panel& panel,
+          const float* residual, float* y, int64_t stride) {
   static_assert(R == 1);
   int32_t sum[kPanel] = {};
   const int8_t* w = panel.weights;
@@ -201,37 +210,61 @@ void tile(const uint8_t* q, const float* step, const int32_t* zero, const Int8Pa
   }
   for (int64_t n = 0; n < panel.columns; ++n) {
     const auto moved = static_cast<float>(sum[n] - *zero * panel.sums[n]);
-    y[n] = moved * panel.step[n] * *step + panel.bias[n];
+    const float sum_of_row = moved * panel.step[n] * *step + panel.bias[n];
+    y[n] = residual ? sum_of_row + residual[n] : sum_of_row;
   }
   (void)stride;
 }
 #endif
 
-void quantise(const float* x, int64_t rows, int64_t K, uint8_t* q, float* step, int32_t* zero) {
+void normalise(const float* x, int64_t K, const Int8Norm& norm, float* y) {
+  float mean = 0.0f, squares = 0.0f;
+  if (norm.shift) {
+#pragma omp simd reduction(+ : mean)
+    for (int64_t k = 0; k < K; ++k) mean += x[k];
+    mean /= static_cast<float>(K);
+  }
+#pragma omp simd reduction(+ : squares)
+  for (int64_t k = 0; k < K; ++k) squares += (x[k] - mean) * (x[k] - mean);
+  const float inverse = 1.0f / std::sqrt(squares / static_cast<float>(K) + norm.epsilon);
+  if (norm.shift) {
+#pragma omp simd
+    for (int64_t k = 0; k < K; ++k) y[k] = (x[k] - mean) * inverse * norm.gain[k] + norm.shift[k];
+  } else {
+#pragma omp simd
+    for (int64_t k = 0; k < K; ++k) y[k] = x[k] * inverse * norm.gain[k];
+  }
+}
+
+void quantise(const float* x, int64_t rows, int64_t K, const Int8Norm& norm, float* room, uint8_t* q, float* step,
+              int32_t* zero) {
   for (int64_t r = 0; r < rows; ++r, x += K, q += K) {
-    const Scale scale = scale_of(range_of(x, K));
+    if (norm.gain) normalise(x, K, norm, room);
+    const float* from = norm.gain ? room : x;
+    const Scale scale = scale_of(range_of(from, K));
     step[r] = scale.step;
     zero[r] = static_cast<int32_t>(scale.zero);
-    quantise_row(x, K, scale, q);
+    quantise_row(from, K, scale, q);
   }
 }
 
 template <int R>
-void rest(const uint8_t* q, const float* step, const int32_t* zero, int64_t rows, const Int8Panel& panel, float* y,
-          int64_t stride) {
+void rest(const uint8_t* q, const float* step, const int32_t* zero, int64_t rows, const Int8Panel& panel,
+          const float* residual, float* y, int64_t stride) {
   if constexpr (R > 0) {
-    if (rows == R) return tile<R>(q, step, zero, panel, y, stride);
-    rest<R - 1>(q, step, zero, rows, panel, y, stride);
+    if (rows == R) return tile<R>(q, step, zero, panel, residual, y, stride);
+    rest<R - 1>(q, step, zero, rows, panel, residual, y, stride);
   }
 }
 
-void multiply(const uint8_t* q, const float* step, const int32_t* zero, int64_t rows, const Int8Panel& panel, float* y,
-              int64_t stride) {
+void multiply(const uint8_t* q, const float* step, const int32_t* zero, int64_t rows, const Int8Panel& panel,
+              const float* residual, float* y, int64_t stride) {
   int64_t r = 0;
+  const auto beside = [&] { return residual ? residual + r * stride : nullptr; };
   for (; r + kRows <= rows; r += kRows) {
-    tile<kRows>(q + r * panel.K, step + r, zero + r, panel, y + r * stride, stride);
+    tile<kRows>(q + r * panel.K, step + r, zero + r, panel, beside(), y + r * stride, stride);
   }
-  rest<kRows - 1>(q + r * panel.K, step + r, zero + r, rows - r, panel, y + r * stride, stride);
+  rest<kRows - 1>(q + r * panel.K, step + r, zero + r, rows - r, panel, beside(), y + r * stride, stride);
 }
 }  // namespace
 
