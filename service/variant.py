@@ -97,7 +97,7 @@ class Variant:
     unfused: str  # why its activation runs as standard operators; empty where it runs our kernel
     audit: Audit
     wide_session: Any = None  # the same on all lanes' cores at once; None where that is never faster
-    wide_from: int = 0  # tokens of a batch for which it is faster, and more
+    wide_at: tuple[int, ...] = ()  # of WIDE_TOKENS, those for which it is faster
 
     @property
     def name(self) -> str:
@@ -129,7 +129,7 @@ class Variant:
 
     def faster_wide(self, tokens: int) -> bool:
         """Whether a batch of so many tokens, where it is alone, is faster on all cores."""
-        return self.wide_session is not None and tokens >= self.wide_from
+        return max(size for size in WIDE_TOKENS if size <= tokens) in self.wide_at
 
     def tokens_of(self, piece: Piece) -> int:
         """Tokens that a piece costs."""
@@ -242,9 +242,9 @@ def open_variant(folder: Path, runtime: Runtime, vocabulary: Callable[[Path, str
     _warm_up(variant)
     if runtime.lanes > 1:
         both = dataclasses.replace(variant, wide_session=opened(wide=True))
-        sizes = [tokens for tokens in reversed(WIDE_TOKENS) if tokens <= variant.context]
-        if faster := list(itertools.takewhile(lambda tokens: _wide_is_faster(both, tokens), sizes)):
-            return dataclasses.replace(both, wide_from=faster[-1])
+        sizes = [tokens for tokens in WIDE_TOKENS if tokens <= variant.context]
+        if faster := tuple(tokens for tokens in sizes if _wide_is_faster(both, tokens)):
+            return dataclasses.replace(both, wide_at=faster)
     return variant
 
 
