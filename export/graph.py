@@ -162,7 +162,8 @@ def _cached(g: Graph, decoder: Decoder, flavor: Flavor) -> onnx.ModelProto:
         at, w = f"blocks.{i}.", _scaled(decoder, i)
         last = i == decoder.layers - 1
         x, y = _add_norm(g, decoder, flavor, "attention_norm", w, x, delta, at)
-        gains = [g.weight(f"{at}{key}", w[key]) for key in ("q_norm.weight", "k_norm.weight") if key in w]
+        # All blocks norm, or none; where a reading lost one of them, the gate finds it.
+        gains = [g.weight(f"{at}{key}", w.get(key, np.ones(D, np.float32))) for key in _GAINS if _normed(decoder)]
         if last:
             w = _q_apart(decoder, w)
             x, of_asked = (g.node("Gather", rows, asked) for rows in (x, y))
@@ -180,6 +181,14 @@ def _cached(g: Graph, decoder: Decoder, flavor: Flavor) -> onnx.ModelProto:
     g.node("Concat", *present, axis=0, output=bundle.PRESENT)
     _probabilities(g, _logits(g, decoder, flavor, x, delta))
     return _model(g, decoder, flavor, "last", cache=True)
+
+
+_GAINS = ("q_norm.weight", "k_norm.weight")
+
+
+def _normed(decoder: Decoder) -> bool:
+    """Whether q and k are normed."""
+    return any(name.endswith(_GAINS) for name in decoder.weights)
 
 
 def _q_apart(decoder: Decoder, w: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
@@ -478,9 +487,8 @@ def _model(g: Graph, decoder: Decoder, flavor: Flavor, positions: Positions, cac
         inputs += _cache_inputs(g, decoder)
         width = 2 * decoder.kv_heads * decoder.head_dim
         outputs.append(helper.make_tensor_value_info(bundle.PRESENT, floats, [decoder.layers, "tokens", width]))
-        normed = "q_norm.weight" in decoder.block(0)
         functions += attention.functions(
-            decoder.heads, decoder.kv_heads, decoder.head_dim, decoder.rope is not None, normed
+            decoder.heads, decoder.kv_heads, decoder.head_dim, decoder.rope is not None, _normed(decoder)
         )
     graph = helper.make_graph(g.nodes, decoder.name, inputs, outputs, value_info=g.value_info)
     model = helper.make_model(

@@ -447,12 +447,12 @@ def test_a_compiler_that_fails_is_quoted_and_nothing_is_left(tmp_path):
 
 @pytest.fixture
 def slow_compiler(tmp_path, monkeypatch) -> Path:
-    """A compiler that fails at op.cpp, if it is told to, and else waits on a process of its own, as real ones do."""
+    """A compiler that fails at the second file, if it is told to, and else waits on a process of its own, as real ones do."""
     folder = tmp_path / "compiler"
     (folder / "tmp").mkdir(parents=True)
     (folder / "c++").write_text(
         "#!/bin/sh\ncase $* in *--version*) echo slow 1.0; exit 0;; *probe.cpp*) exit 1;; esac\n"
-        f"case $FAIL$* in yes*/op.cpp*) while [ ! -e {folder}/waiting ]; do sleep 0.1; done; exit 3;; esac\n"
+        f"case $FAIL$* in yes*/attention.cpp*) while [ ! -e {folder}/waiting ]; do sleep 0.1; done; exit 3;; esac\n"
         f"sleep 600 &\necho $! >> {folder}/waiting\nwait\n"
     )
     (folder / "c++").chmod(0o755)
