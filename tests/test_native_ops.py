@@ -447,7 +447,7 @@ def test_a_compiler_that_fails_is_quoted_and_nothing_is_left(tmp_path):
 
 @pytest.fixture
 def slow_compiler(tmp_path, monkeypatch) -> Path:
-    """A compiler that fails at the second file, if it is told to, and else waits on a process of its own, as real ones do."""
+    """A compiler that fails at the second file, if told to, and else waits on a process of its own, as real ones do."""
     folder = tmp_path / "compiler"
     (folder / "tmp").mkdir(parents=True)
     (folder / "c++").write_text(
