@@ -111,17 +111,25 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
 
     To be called once the body is read.
     """
+    this = asyncio.current_task()
+    assert this
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, hung_up = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    def cancel(_: asyncio.Task[None]) -> None:
+        this.cancel()
+
+    hung_up = asyncio.ensure_future(gone())
+    hung_up.add_done_callback(cancel)
     try:
-        await asyncio.wait((working, hung_up), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ApiError("client_gone", "the client closed the connection")
-        return await working
+        return await work
+    except asyncio.CancelledError:
+        if not hung_up.done():
+            raise
+        this.uncancel()
+        raise ApiError("client_gone", "the client closed the connection") from None
     finally:
-        working.cancel()
+        hung_up.remove_done_callback(cancel)
         hung_up.cancel()

@@ -184,6 +184,8 @@ def _body(items: Sequence[_Item], done: Sequence[Done], arrived: float) -> bytes
 
 def _object(fields: dict[str, Any]) -> str:
     """`fields` as JSON, a list ENTRIES_PER_DUMP at a time."""
+    if all(len(value) <= ENTRIES_PER_DUMP for value in fields.values() if isinstance(value, list)):
+        return _dumps(fields)
 
     def text(value: Any) -> str:
         if not isinstance(value, list):

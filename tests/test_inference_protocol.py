@@ -271,9 +271,9 @@ def test_it_shares_batches_with_next_token(bundles: Path) -> None:
         engine, batches = app.state.service.engine, []
         run_batch = engine._run_batch
 
-        async def counted(batch, wide):
+        def counted(batch, wide):
             batches.append(len(batch))
-            await run_batch(batch, wide)
+            run_batch(batch, wide)
 
         engine._run_batch = counted
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x")

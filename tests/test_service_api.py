@@ -229,9 +229,9 @@ def test_concurrent_requests_equal_singles(bundles: Path) -> None:
         batches = []
         run_batch = engine._run_batch
 
-        async def counted(batch, wide):
+        def counted(batch, wide):
             batches.append(len(batch))
-            await run_batch(batch, wide)
+            run_batch(batch, wide)
 
         engine._run_batch = counted
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x")
