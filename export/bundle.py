@@ -39,7 +39,7 @@ ENTROPY_BITS = "entropy_bits"  # float32 [B, 2]: of softmax; of sigmoid divided 
 # A graph with a cache has these besides, each with a default: no cache, no rows. L layers, W = 2 kv_heads head_dim,
 # N = sum of the lengths: the prompts' tokens, one prompt after another. input_ids are then the tokens after the cached.
 PAST = "past"  # float32 [L, S, W], S slots of a token each: keys, then values; all of it finite
-PAST_SLOTS = "past_slots"  # int64 [B, P]: where each prompt's earlier tokens are, padded with any slot
+PAST_SLOTS = "past_slots"  # int64 [B, P]: where each prompt's earlier tokens are, padded with any of the S slots
 PAST_LENGTHS = "past_lengths"  # int64 [B], 0 <= past_length <= P
 ROWS = "rows"  # int64 [E], 0 <= row < N: tokens whose next one is asked besides; the outputs have B + E rows then
 PRESENT = "present"  # float32 [L, N, W]: what the cache may keep of these tokens

@@ -458,13 +458,16 @@ def _tables(reference: PreTrainedModel, T: int) -> dict[str, NDArray[np.float64]
 
 
 def check_cache(decoder: Decoder, run: Run, seed: int, bound: float) -> None:
-    """Prompts in two parts, the first one's keys and values out of a pool, against the same in one: within `bound`, as
-    max_rel; GateFailed names the first that is not."""
+    """Prompts in two parts, the first one's keys and values out of a pool, against the same in one: logits, those of
+    `rows` too, and what the cache keeps, within `bound` of the largest; GateFailed names the first that is not."""
     rng = np.random.default_rng(seed)
-    for prompts in _batches([prompt for prompt in _prompts(decoder, rng) if len(prompt) > 1]):
-        (whole,) = run([bundle.LOGITS], _feed(prompts))
-        cuts = [int(rng.integers(1, len(prompt))) for prompt in prompts]
-        (present,) = run([bundle.PRESENT], _feed([prompt[:cut] for prompt, cut in zip(prompts, cuts, strict=True)]))
+    for prompts in _batches(_prompts(decoder, rng)):
+        whole, kept = run([bundle.LOGITS, bundle.PRESENT], _feed(prompts))
+        cuts = [int(rng.integers(0, len(prompt))) for prompt in prompts]
+        begun = [(prompt, cut) for prompt, cut in zip(prompts, cuts, strict=True) if cut]
+        if not begun:
+            continue
+        (present,) = run([bundle.PRESENT], _feed([prompt[:cut] for prompt, cut in begun]))
         # In a pool of more slots than are used, in any order; what stands elsewhere must not be read.
         slots = rng.permutation(2 * sum(cuts))
         pool = np.full((len(present), len(slots), present.shape[-1]), 1e3, dtype=np.float32)
@@ -472,16 +475,21 @@ def check_cache(decoder: Decoder, run: Run, seed: int, bound: float) -> None:
         past_slots, used = np.zeros((len(cuts), max(cuts)), dtype=np.int64), 0
         for row, cut in zip(past_slots, cuts, strict=True):
             row[:cut], used = slots[used : used + cut], used + cut
-        feeds = _feed([prompt[cut:] for prompt, cut in zip(prompts, cuts, strict=True)])
-        feeds |= {bundle.PAST: pool, bundle.PAST_SLOTS: past_slots, bundle.PAST_LENGTHS: np.array(cuts)}
-        (parted,) = run([bundle.LOGITS], feeds)
-        errors = (np.abs(parted - whole) / np.abs(whole).max(axis=-1, keepdims=True)).max(axis=-1)
-        if not errors.max() <= bound:
+        rest = [prompt[cut:] for prompt, cut in zip(prompts, cuts, strict=True)]
+        ends = np.cumsum([len(part) for part in rest])
+        feeds = _feed(rest) | {bundle.PAST: pool, bundle.PAST_SLOTS: past_slots, bundle.PAST_LENGTHS: np.array(cuts)}
+        parted, new = run([bundle.LOGITS, bundle.PRESENT], feeds | {bundle.ROWS: ends - 1})
+        starts = np.cumsum([0, *map(len, prompts)])
+        own = [np.arange(start + cut, start + len(p)) for p, cut, start in zip(prompts, cuts, starts, strict=False)]
+        of_kept = float(np.abs(new - kept[:, np.concatenate(own)]).max() / np.abs(kept).max())
+        scale = np.abs(whole).max(axis=-1, keepdims=True)
+        errors = np.maximum(*(np.abs(part - whole).max(axis=-1) / scale[:, 0] for part in np.split(parted, 2)))
+        if not (errors.max() <= bound and of_kept <= bound):
             at = int(errors.argmax())
             raise GateFailed(
                 f"{decoder.name!r} misses parity: after a prompt of {len(prompts[at])} tokens (seed {seed}), of them "
                 f"{cuts[at]} cached, the logits differ from those without by {errors[at]:.2g} of the largest, "
-                f"allowed {bound:.2g}; {REPORT_IT}"
+                f"keys and values by {of_kept:.2g}, allowed {bound:.2g}; {REPORT_IT}"
             )
 
 
@@ -560,6 +568,8 @@ def check(
         rounded = check_int8(decoder, reference, run, float_model, seed)
     if cached:
         check_cache(decoder, run, seed, rounded.bound)
+    if cached and float_model is not None:  # whose bound is narrower than int8's
+        check_cache(decoder, _opened(float_model), seed, model_bound(decoder))
     lengths = [len(prompt) for prompt in _prompts(decoder, np.random.default_rng(seed))]
     return bundle.Parity(
         max_abs=rounded.max_abs,

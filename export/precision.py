@@ -22,10 +22,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from actuary import BadInput
 from export.bundle import DOMAIN
 from export.half import rewritten, steps
 from export.int8_fusion import fused
-from export.ops.int8_function import DEPTH, FORMS, INT8_LINEAR, LEVELS, int8_function, panels
+from export.ops.int8_function import DEPTH, FORMS, INT8_LINEAR, LEVELS, MOST_ROWS, int8_function, panels
 
 LEVELS_W = 127  # steps from 0 to a channel's largest |W|
 
@@ -72,6 +73,8 @@ def int8(model: onnx.ModelProto) -> onnx.ModelProto:
             continue
         x, name = node.input
         W, step = quantised(products[node.name])
+        if len(W) > MOST_ROWS:
+            raise BadInput(f"{name} has {len(W)} rows, and int8's sums hold {MOST_ROWS}; use --precision fp32")
         N, rest = W.shape[1], -W.shape[0] % DEPTH
         if rest:
             W = np.pad(W, ((0, rest), (0, 0)))

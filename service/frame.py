@@ -118,8 +118,11 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
+    working = True
+
     def cancel(_: asyncio.Task[None]) -> None:
-        this.cancel()
+        if working:  # it may be called a turn after the work ended
+            this.cancel()
 
     hung_up = asyncio.ensure_future(gone())
     hung_up.add_done_callback(cancel)
@@ -131,5 +134,5 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         this.uncancel()
         raise ApiError("client_gone", "the client closed the connection") from None
     finally:
-        hung_up.remove_done_callback(cancel)
+        working = False
         hung_up.cancel()

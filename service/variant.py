@@ -37,7 +37,7 @@ _CACHE_INPUTS = {
 }
 _CACHE_OUTPUTS = {bundle.PRESENT: ("float", 3)}
 
-WIDE_TOKENS, WIDE_ROUNDS = (1, 16, 128), 5  # of the prompts that are timed on one core and on all, and how often
+WIDE_TOKENS, WIDE_ROUNDS = (1, 16, 64), 5  # of the prompts that are timed on one core and on all, and how often
 WIDE_GAIN = 0.85  # of the time on one core: for less, a second session is not worth its memory
 ROW_BYTES = 3 * 4  # for each token of the vocabulary: logit, softmax, sigmoid
 

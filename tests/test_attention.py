@@ -48,6 +48,7 @@ SHAPES = {
     "two channels": Shape(2, 2, 2),
     "llama": Shape(4, 2, 48, normed=False),
     "gpt2": Shape(4, 4, 24, rope=False, normed=False),
+    "odd": Shape(2, 2, 3, rope=False, normed=False),
 }
 
 
@@ -145,33 +146,51 @@ def tolerance(shape: Shape, feeds: Feeds) -> float:
     return 4 * UNIT * (shape.D**0.5 * score + shape.context**0.5) * largest
 
 
+ISAS = pytest.mark.parametrize("isa", ["x86-64-v4", "x86-64-v3", "x86-64", None], indirect=True)  # None: the function
+BATCHES = (
+    ([1], [0]), ([33], [0]), ([2, 1, 40], [0, 0, 0]), ([1, 1, 1], [30, 0, 7]), ([5, 3, 1, 17], [11, 0, 70, 63]),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("isa", [None, "x86-64-v4", "x86-64-v3", "x86-64"])
+@ISAS
 def test_kernel_and_function_give_what_is_defined(fused, shape, isa):
     rng = np.random.default_rng(0)
-    if isa is not None:
-        running = library.running_isa(fused)
-        if isa not in fused.isas:
-            pytest.skip(f"this compiler makes no {isa}")
-        library.use_isa(fused, isa)
-    try:
-        packed, of_rows = (open_session(one_node(shape, r), None if isa is None else fused) for r in (False, True))
-        for lengths, past_lengths in (
-            ([1], [0]), ([33], [0]), ([2, 1, 40], [0, 0, 0]), ([1, 1, 1], [30, 0, 7]), ([5, 3, 1, 17], [11, 0, 70, 63]),
-        ):  # fmt: skip
-            feeds = packed_feeds(shape, lengths, past_lengths, rng)
-            y, present = exact(shape, feeds)
-            asked = rng.integers(0, sum(lengths), size=7)
-            allowed = tolerance(shape, feeds)
-            for got, want in (
-                (packed.run(None, feeds), (y, present)),
-                (of_rows.run(None, of_rows_feeds(shape, feeds, asked)), (y[asked], present)),
-            ):
-                for found, wanted in zip(got, want, strict=True):
-                    np.testing.assert_allclose(found, wanted, rtol=0, atol=allowed)
-    finally:
-        if isa is not None:
-            library.use_isa(fused, running)
+    packed, of_rows = (open_session(one_node(shape, r), fused if isa else None) for r in (False, True))
+    for lengths, past_lengths in BATCHES:
+        feeds = packed_feeds(shape, lengths, past_lengths, rng)
+        y, present = exact(shape, feeds)
+        asked = rng.integers(0, sum(lengths), size=7)
+        allowed = tolerance(shape, feeds)
+        for got, want in (
+            (packed.run(None, feeds), (y, present)),
+            (of_rows.run(None, of_rows_feeds(shape, feeds, asked)), (y[asked], present)),
+        ):
+            for found, wanted in zip(got, want, strict=True):
+                np.testing.assert_allclose(found, wanted, rtol=0, atol=allowed)
+
+
+@ISAS
+@pytest.mark.parametrize("length", [3, 6])  # a row at a time, and four
+def test_what_a_token_does_not_see_never_counts(fused, isa, length: int):
+    """Scores of -1e32: each token still answers with the mean of the values up to it."""
+    shape = Shape(2, 2, 8, rope=False, normed=False)
+    feeds = packed_feeds(shape, [length], [0], np.random.default_rng(0))
+    feeds["qkv"] = np.repeat(np.array([[1e16, -1e16, 0]], np.float32), 16, axis=-1).repeat(length, axis=0)
+    feeds["qkv"][:, 32:] = np.arange(1, length + 1)[:, None]
+    y, _ = open_session(one_node(shape, False), fused if isa else None).run(None, feeds)
+    np.testing.assert_allclose(y, np.repeat(np.arange(2, length + 2)[:, None] / 2, 16, axis=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ["x86-64-v4", None], indirect=True)
+def test_a_prompt_that_is_not_finite_is_so_alone(fused, isa):
+    shape, lengths = SHAPES["ours"], [3, 6, 2]
+    feeds = packed_feeds(shape, lengths, [0, 0, 0], np.random.default_rng(0))
+    feeds["qkv"][4, -1] = np.nan  # a value of the second prompt's
+    y, _ = open_session(one_node(shape, False), fused if isa else None).run(None, feeds)
+    finite = np.isfinite(y).all(axis=1)
+    assert finite[[0, 1, 2, 9, 10]].all()
+    assert not finite[4:9].any()
 
 
 def test_a_prompt_in_a_batch_is_the_same_to_the_last_bit_as_alone(fused):

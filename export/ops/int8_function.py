@@ -5,8 +5,8 @@
 
 A row's step is its own range over 255, so its answer does not depend on the rows beside it: a batch equals its
 singles. The kernel (native/int8_linear.h) reads the panels as they lie in the file, and gives the same numbers to the
-last bit. So does a runtime without it, where its MatMulInteger is exact: ONNX Runtime's is, but for processors with
-AVX2 or AVX-512 and no VNNI, where its sums of two products saturate.
+last bit, but for the norm's. So does a runtime without it, where its MatMulInteger is exact: ONNX Runtime's is, but
+for processors with AVX2 or AVX-512 and no VNNI, where its sums of two products saturate.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ INT8_LINEAR = "Int8Linear"
 INT8_LINEAR_ADD = "Int8LinearAdd"  # y + residual
 RMS_NORM_INT8_LINEAR, LAYER_NORM_INT8_LINEAR = "RmsNormInt8Linear", "LayerNormInt8Linear"  # of a norm of x
 PANEL, DEPTH = 64, 4  # kPanel, kDepth of native/int8_linear.h
+MOST_ROWS = 1 << 16  # its kMostRows
 LEVELS = 255  # steps over the range of a row, with 0 in it
 TINY = 1e-35  # kTiny: the step of a row of zeros, whose inverse is a float
 

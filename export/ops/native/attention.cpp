@@ -25,7 +25,7 @@ void fill_zero(float* from, float* to) {
   if (from < to) std::memset(from, 0, static_cast<size_t>(to - from) * sizeof(float));
 }
 
-// Memory that is not set to 0. ONNX Runtime's own allocations throw where there is none, and so does this.
+// Memory that is not set to 0. Throws where there is none; attention_op.cpp catches it in the thread that it befell.
 struct Scratch {
   explicit Scratch(int64_t bytes) : data(::operator new(static_cast<size_t>(bytes))) {}
   ~Scratch() { ::operator delete(data); }
@@ -35,7 +35,7 @@ struct Scratch {
   void* data;
 };
 
-constexpr float kNever = -1e30f;  // a score that no key has
+constexpr float kNever = -__builtin_inff();  // the score of what a row does not see; it always sees itself
 constexpr int64_t kLanes = 16, kTile = 32, kRows = 4;  // 8 sums of 16 lanes each fit AVX-512's registers, twice
 typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
 

@@ -1,8 +1,10 @@
 // CachedAttention and CachedAttentionOfRows as ONNX Runtime sees them: attributes, the host check, threads. Float on the
 // CPU alone; everywhere else their function runs.
 #include <algorithm>
+#include <atomic>
 #include <climits>
 #include <memory>
+#include <new>
 
 #include "attention.h"
 #include "tensor.h"
@@ -25,6 +27,8 @@ struct Kernel {
 // Where each input stands after the first ones: qkv, or q, kv and asked.
 enum Shared : size_t { kLengths, kPast, kPastSlots, kPastLengths, kCos, kSin, kQGain, kKGain, kSharedCount };
 
+constexpr int64_t kMostHeads = 1 << 16;  // so that sizes made of a file's attributes do not overflow
+
 const Op& op_of(const ort::CustomOp* op) { return *static_cast<const Op*>(op); }
 const char* name_of(const ort::CustomOp* op) {
   return op_of(op).of_rows ? "CachedAttentionOfRows" : "CachedAttention";
@@ -38,7 +42,8 @@ ort::Status* create_kernel(const ort::CustomOp* op, ort::Api api, const ort::Ker
   if (auto* error = ort::attribute_int(api, info, static_cast<const char*>("kv_heads"), &kernel->kv_heads)) return error;
   if (auto* error = ort::attribute_int(api, info, static_cast<const char*>("layer"), &kernel->layer)) return error;
   if (auto* error = ort::attribute_float(api, info, static_cast<const char*>("eps"), &kernel->eps)) return error;
-  if (kernel->heads < 1 || kernel->kv_heads < 1 || kernel->heads % kernel->kv_heads || kernel->layer < 0) {
+  if (kernel->heads < 1 || kernel->heads > kMostHeads || kernel->kv_heads < 1 || kernel->heads % kernel->kv_heads ||
+      kernel->layer < 0) {
     return refuse(api, "%s: heads %lld, kv_heads %lld, layer %lld; heads must be a multiple of kv_heads", name_of(op),
                   static_cast<long long>(kernel->heads), static_cast<long long>(kernel->kv_heads),
                   static_cast<long long>(kernel->layer));
@@ -97,9 +102,13 @@ ort::Status* read_all(ort::Api api, ort::Context* context, const Kernel& kernel,
   const int64_t parts = kernel.heads + (of_rows ? 0 : 2 * kernel.kv_heads);
   call->D = q.dims[1] / parts;
   const int64_t width = call->width();
-  if (q.dims[1] != parts * call->D || call->D % 2 || (of_rows && kv.dims[1] != width)) {
-    return refuse(api, "%s: the first input has %lld columns; it must have an even number for each of %lld heads", op,
-                  static_cast<long long>(q.dims[1]), static_cast<long long>(parts));
+  if (q.dims[1] != parts * call->D || (given > kCos && call->D % 2)) {
+    return refuse(api, "%s: the first input has %lld columns; it must have as many, and with cos and sin an even number, "
+                  "for each of %lld heads", op, static_cast<long long>(q.dims[1]), static_cast<long long>(parts));
+  }
+  if (of_rows && kv.dims[1] != width) {
+    return refuse(api, "%s: kv has %lld columns; it must have %lld", op, static_cast<long long>(kv.dims[1]),
+                  static_cast<long long>(width));
   }
   call->R = q.dims[0];
   call->N = of_rows ? kv.dims[0] : call->R;
@@ -161,7 +170,7 @@ ort::Status* read_all(ort::Api api, ort::Context* context, const Kernel& kernel,
                     static_cast<long long>(earlier), static_cast<long long>(call->N), static_cast<long long>(P),
                     static_cast<long long>(context_length));
     }
-    for (int64_t p = 0; p < earlier; ++p) {
+    for (int64_t p = 0; p < P; ++p) {
       if (slots[p] < 0 || slots[p] >= past.dims[1]) {
         return refuse(api, "%s: past_slots holds %lld; past has %lld slots", op, static_cast<long long>(slots[p]),
                       static_cast<long long>(past.dims[1]));
@@ -231,7 +240,8 @@ ort::Status* prepare(ort::Api api, ort::Context* context, Call* call) {
 struct Work {
   const Call* call;
   const AttentionLoops* loops;
-  int64_t block, tokens;  // tokens and rows that one index prepares
+  int64_t block;                  // tokens and rows that one index prepares
+  std::atomic<bool> failed{false};  // for want of memory: ONNX Runtime's threads carry no exception
 };
 
 void prepare_block(void* pointer, size_t index) {
@@ -242,13 +252,21 @@ void prepare_block(void* pointer, size_t index) {
 }
 
 void attend_one(void* pointer, size_t index) {
-  const Work& work = *static_cast<const Work*>(pointer);
+  Work& work = *static_cast<Work*>(pointer);
   const auto i = static_cast<int64_t>(index);
-  work.loops->attend(*work.call, i / work.call->kv_heads, i % work.call->kv_heads);
+  try {
+    work.loops->attend(*work.call, i / work.call->kv_heads, i % work.call->kv_heads);
+  } catch (const std::bad_alloc&) {
+    work.failed = true;
+  }
 }
 
 // Below so many products of a query with a key, waking another thread costs more than it saves (10 us).
 constexpr int64_t kProductsWorthAThread = 1 << 17;
+
+ort::Status* finished(ort::Api api, const Kernel& kernel, const Work& work) {
+  return work.failed ? refuse(api, "%s: no memory for its scores; send smaller batches", name_of(kernel.op)) : nullptr;
+}
 
 ort::Status* compute(void* pointer, ort::Context* context) {
   const Kernel& kernel = *static_cast<const Kernel*>(pointer);
@@ -263,17 +281,18 @@ ort::Status* compute(void* pointer, ort::Context* context) {
       products += (call.position_of[call.token_of[prompt.rows[i]]] + 1) * call.heads * call.D;
     }
   }
-  Work work{&call, running().attention, 32, 0};
+  Work work{&call, running().attention, 32};
   const auto blocks = static_cast<size_t>((std::max(call.N, call.R) + work.block - 1) / work.block);
   const auto items = static_cast<size_t>(call.kv_heads) * call.each.size();
   if (products < kProductsWorthAThread) {
     for (size_t i = 0; i < blocks; ++i) prepare_block(&work, i);
     for (size_t i = 0; i < items; ++i) attend_one(&work, i);
-    return nullptr;
+    return finished(api, kernel, work);
   }
   auto* shared = static_cast<void*>(&work);
   if (auto* error = ort::parallel_for(api, context, prepare_block, blocks, size_t{0}, shared)) return error;
-  return ort::parallel_for(api, context, attend_one, items, size_t{0}, shared);
+  if (auto* error = ort::parallel_for(api, context, attend_one, items, size_t{0}, shared)) return error;
+  return finished(api, kernel, work);
 }
 
 Op make_op(ort::Api api, bool of_rows) {

@@ -2,8 +2,10 @@
 #include "int8_linear.h"
 
 #include <algorithm>
+#include <atomic>
 #include <climits>
 #include <cstring>
+#include <new>
 
 #include "tensor.h"
 
@@ -175,8 +177,9 @@ thread_local Quantised of_this_thread;
 struct Work {
   const Int8Loops* loops;
   const Call* call;
-  const Quantised* quantised;  // of all rows, where the call is cut by columns
-  int64_t size;                // rows or panels of a task
+  const Quantised* quantised;       // of all rows, where the call is cut by columns
+  int64_t size;                     // rows or panels of a task
+  std::atomic<bool> failed{false};  // for want of memory: ONNX Runtime's threads carry no exception
 };
 
 // Of `rows` rows from the one at `row`, the panels [first, last).
@@ -195,10 +198,15 @@ void panels(const Work& work, const Quantised& x, int64_t row, int64_t rows, int
 int64_t panels_of(const Call& call) { return (call.N + kPanel - 1) / kPanel; }
 
 void some_rows(void* pointer, size_t index) {
-  const Work& work = *static_cast<const Work*>(pointer);
+  Work& work = *static_cast<Work*>(pointer);
   const Call& call = *work.call;
   const int64_t first = static_cast<int64_t>(index) * work.size, rows = std::min(work.size, call.rows - first);
-  of_this_thread.fill(*work.loops, call, first, rows);
+  try {
+    of_this_thread.fill(*work.loops, call, first, rows);
+  } catch (const std::bad_alloc&) {
+    work.failed = true;
+    return;
+  }
   panels(work, of_this_thread, first, rows, 0, panels_of(call));
 }
 
@@ -215,8 +223,12 @@ ort::Status* compute(ort::Api api, const ort::Context* context, const Call& call
   Work work{&loops(), &call, &of_this_thread, 0};
   const auto run = [&](void (*task)(void*, size_t), int64_t total) -> ort::Status* {
     const auto count = static_cast<size_t>((total + work.size - 1) / work.size);
-    if (count == 1) return task(&work, 0), nullptr;
-    return ort::parallel_for(api, context, task, count, size_t{0}, static_cast<void*>(&work));
+    if (count == 1) {
+      task(&work, 0);
+    } else if (auto* error = ort::parallel_for(api, context, task, count, size_t{0}, static_cast<void*>(&work))) {
+      return error;
+    }
+    return work.failed ? refuse(api, "int8 product: no memory for its rows; send smaller batches") : nullptr;
   };
   if (call.rows > kFewRows) {
     // Of one size, in whole tiles of 4 rows.

@@ -12,7 +12,7 @@
 //   q     = min(round(x * (1 / step)) + zero, 255)    never below 0: x is not below least
 //   y     = (sum(q w) - zero * sums) * W's step * step + bias (+ residual)
 //
-// export/ops/int8_function.py says the same in standard operators, to the last bit but for the norm's sums.
+// export/ops/int8_function.py says the same in standard operators, to the last bit but for the norm's numbers.
 #pragma once
 
 #include <cstdint>

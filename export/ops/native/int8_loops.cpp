@@ -1,6 +1,6 @@
 // The loops of Int8Linear (int8_linear.h), compiled once for each instruction set, ACTUARY_ISA its name here.
 //
-// All give the same numbers: sums are exact, and each float32 operation rounds once (build.py forbids contraction).
+// All give the same numbers, but for the norm's: sums are exact, and each float32 operation rounds once (build.py forbids contraction).
 #include <algorithm>
 #include <cmath>
 #include <cstring>

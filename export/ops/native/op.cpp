@@ -1,10 +1,10 @@
 // The operators of domain ai.actuary as ONNX Runtime sees them: NAME and biased_NAME of every activation, for float
 // and float16 on the CPU and, where nvcc was there, float, float16 and bfloat16 on CUDA; and those of attention_op.cpp and
 // int8_linear.cpp. One exported symbol registers them all.
-#include <atomic>
 #include <climits>
 #include <cstdio>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "activation.h"
@@ -139,7 +139,7 @@ std::vector<Op> make_ops(ort::Api api) {
 
 // Whether the next registration takes those that are no activation too. They have CPU kernels alone, which in a session
 // on CUDA would pull their work off the device.
-std::atomic<bool> with_structural{true};
+thread_local bool with_structural = true;
 
 // One domain of each kind for all sessions of the process; it lives as long as the library.
 ort::Status* domain(ort::Api api, bool structural, ort::Domain** out) {
@@ -175,7 +175,7 @@ ort::Status* domain(ort::Api api, bool structural, ort::Domain** out) {
 ACTUARY_EXPORT int actuary_ops_version() { return ACTUARY_OPS_VERSION; }
 ACTUARY_EXPORT const char* actuary_ops_inputs() { return ACTUARY_INPUTS; }
 
-// For a session on CUDA 0, else 1; of the next RegisterCustomOps.
+// For a session on CUDA 0, else 1; of the next RegisterCustomOps in this thread.
 ACTUARY_EXPORT void actuary_ops_structural(int wanted) { actuary::with_structural = wanted != 0; }
 
 ACTUARY_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
@@ -187,6 +187,6 @@ ACTUARY_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, cons
     return ort::create_status(base->get_api(1), ort::kFail, static_cast<const char*>(message));
   }
   ort::Domain* ours = nullptr;
-  if (auto* error = actuary::domain(api, actuary::with_structural, &ours)) return error;
+  if (auto* error = actuary::domain(api, std::exchange(actuary::with_structural, true), &ours)) return error;
   return ort::add_domain(api, options, ours);
 }
