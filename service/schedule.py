@@ -51,7 +51,8 @@ class Schedule:
 
     def add(self, sequence: Sequence) -> None:
         """It is new, or its batch is over."""
-        if not sequence.begun or not self._variant.cached:  # the latter in turn, whatever their next tokens
+        # Where there is no pool, each of its tokens costs as much as its prompt did: it waits in turn.
+        if not sequence.begun or not self.cache:
             self._waiting[sequence] = None
         elif sequence.prefilled:
             self._generating[sequence] = None

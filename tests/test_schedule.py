@@ -1,0 +1,78 @@
+"""The order of batches alone, without an engine: who is in which, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from service.prefix_cache import PrefixCache
+from service.schedule import BATCH_ROW_BYTES, Schedule
+from service.sequence import Job, Sequence, Waiter
+from service.variant import Piece
+
+
+class Shape:
+    """Stands for a Variant that computes nothing."""
+
+    context = 1000
+
+    def __init__(self, cached: bool, rows: int = 1000) -> None:
+        self.cached, self.row_bytes = cached, BATCH_ROW_BYTES // rows
+
+    def tokens_of(self, piece: Piece) -> int:
+        return len(piece.ids)
+
+
+class Reads:
+    top_k = 0
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+
+def sequence_of(variant: Any, ids: list[int], max_tokens: int | None = None) -> Sequence:
+    """One that generates so many tokens; a prompt alone without."""
+    reader: Any = None if max_tokens is None else Reads(len(ids) - 1)
+    waiter = Waiter.__new__(Waiter)
+    waiter.job = Job(variant, ids, 0, reader, max_tokens or 0)
+    return Sequence.of(waiter)
+
+
+def batches(schedule: Schedule) -> Iterator[list[Sequence]]:
+    """One after another, until nothing is left."""
+    while batch := schedule.next_batch(1):
+        over(schedule, batch)
+        yield [sequence for sequence, _ in batch]
+
+
+def over(schedule: Schedule, batch: list[tuple[Sequence, Piece]]) -> None:
+    """What the engine does after a batch."""
+    for sequence, piece in batch:
+        sequence.begun = True
+        schedule.computed(sequence, piece)
+        if sequence.prefilled and not (sequence.job.reader and sequence.may_go_on):
+            schedule.end(sequence)
+            continue
+        if sequence.prefilled:
+            sequence.ids.append(1)
+        schedule.add(sequence)
+
+
+def batches_before(schedule: Schedule, wanted: Sequence) -> int:
+    """How many others come before its first one."""
+    return next(number for number, batch in enumerate(batches(schedule)) if wanted in batch)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_without_a_pool_those_that_generate_take_turns_with_prompts(cached: bool) -> None:
+    variant: Any = Shape(cached)
+    schedule = Schedule(variant, None, 512)
+    for first in range(8):
+        schedule.add(sequence_of(variant, [first] * 100, 400))
+    for _, _ in zip(range(5), batches(schedule), strict=False):
+        pass
+    prompt = sequence_of(variant, [9, 9, 9])
+    schedule.add(prompt)
+    assert batches_before(schedule, prompt) <= 2
