@@ -1,7 +1,7 @@
 """Which tokens of one variant are computed together next, and where their keys and values go.
 
 A batch has first the next token of each sequence that generates, then prompts, the longest-waiting first, up to a
-budget of tokens and of rows; a prompt that does not fit goes on in the next batch. A prompt takes the slots for all
+budget of tokens and of rows, of which a part is the prompts' alone; one that does not fit goes on in the next batch. A prompt takes the slots for all
 it may come to before it starts, so that what has started always finishes; one alone always finds room, since a pool
 has a slot for each token of the context. Where a prompt begins like one that is being computed, it waits for that one.
 """
@@ -24,6 +24,8 @@ SHARED = 16
 # Up to so many tokens a run takes as long as it takes to read the weights, and two lanes would read them twice: 8
 # sequences that generate, at 14M parameters in fp32, 290 tokens/s together and 187 in two lanes.
 LANE_TOKENS = 32
+# Of a batch, the part that those that generate leave to a prompt: a share of its tokens, and a row.
+PROMPT_TOKENS, PROMPT_ROWS = 1 / 8, 1
 # Padding that a batch may have, where the graph does not drop it: a share of its tokens, or so many, which cost less
 # than another run.
 PADDING, FREE_PADDING = 1 / 8, 64
@@ -37,8 +39,9 @@ class Schedule:
     def __init__(self, variant: Variant, cache: PrefixCache | None, max_batch_tokens: int) -> None:
         self.cache = cache
         self._variant = variant
-        self._max_tokens = max_batch_tokens
-        self._max_rows = max(1, BATCH_ROW_BYTES // variant.row_bytes)
+        self._max_tokens = max(2, max_batch_tokens)  # one that is generated, and one of a prompt
+        self._max_rows = max(2, BATCH_ROW_BYTES // variant.row_bytes)
+        self._prompt_tokens = math.ceil(PROMPT_TOKENS * self._max_tokens)
         # Each in the order of arrival; what is in a batch, or follows another, is in none of them.
         self._generating: dict[Sequence, None] = {}
         self._prefilling: dict[Sequence, None] = {}
@@ -79,9 +82,12 @@ class Schedule:
         most = math.ceil(len(ready) / lanes) if tokens > LANE_TOKENS else len(ready)
         batch: Batch = []
         tokens, rows, full = self._max_tokens, self._max_rows, False
+        prompts = len(ready) > len(self._generating)
         for sequence in ready:
             if len(batch) == most or tokens <= 0 or rows <= 0:
                 break
+            if prompts and sequence in self._generating and (tokens <= self._prompt_tokens or rows <= PROMPT_ROWS):
+                continue
             if self.cache and not sequence.prefix:
                 if self._follows(sequence, self.cache):
                     continue

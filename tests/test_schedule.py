@@ -76,3 +76,19 @@ def test_without_a_pool_those_that_generate_take_turns_with_prompts(cached: bool
     prompt = sequence_of(variant, [9, 9, 9])
     schedule.add(prompt)
     assert batches_before(schedule, prompt) <= 2
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(55, 512), (1000, 50), (1, 1)])
+def test_those_that_generate_leave_some_of_a_batch_to_a_prompt(rows: int, tokens: int) -> None:
+    """However many they are: for its rows, or for its tokens."""
+    variant: Any = Shape(True, rows)
+    schedule = Schedule(variant, PrefixCache(1, 20_000, 1), tokens)
+    for first in range(60):
+        schedule.add(sequence_of(variant, [first] * 2, 100))
+    assert any(len(schedule._generating) == 60 for _ in batches(schedule))
+    prompts = [sequence_of(variant, [99, number]) for number in range(3)]
+    for prompt in prompts:
+        schedule.add(prompt)
+    batch = schedule.next_batch(1)
+    assert batch[0][0].prefilled
+    assert next(sequence for sequence, _ in batch if not sequence.prefilled) is prompts[0], "which waits for longest"
