@@ -42,6 +42,7 @@ class Schedule:
         self._max_tokens = max(2, max_batch_tokens)  # one that is generated, and one of a prompt
         self._max_rows = max(2, BATCH_ROW_BYTES // variant.row_bytes)
         self._prompt_tokens = math.ceil(PROMPT_TOKENS * self._max_tokens)
+        self._full = False  # whether some found no slots for the last batch
         # Each in the order of arrival; what is in a batch, or follows another, is in none of them.
         self._generating: dict[Sequence, None] = {}
         self._prefilling: dict[Sequence, None] = {}
@@ -78,17 +79,21 @@ class Schedule:
         if ready and not self._variant.cached:  # near to the first in length
             first = len(ready[0].ids)
             ready.sort(key=lambda sequence: abs(len(sequence.ids) - first))
-        tokens = sum(len(sequence.ids) - sequence.computed for sequence in ready)
-        most = math.ceil(len(ready) / lanes) if tokens > LANE_TOKENS else len(ready)
+        # Those that found no slots last time are not shared out: the other lanes would wait for what cannot start.
+        able = [sequence for sequence in ready if sequence.prefix or not (self._full and sequence.job.reader)]
+        tokens = sum(len(sequence.ids) - sequence.computed for sequence in able)
+        most = max(1, math.ceil(len(able) / lanes)) if tokens > LANE_TOKENS else len(ready)
         batch: Batch = []
         tokens, rows, full = self._max_tokens, self._max_rows, False
-        prompts = len(ready) > len(self._generating)
+        prompts = len(able) > len(self._generating)
         for sequence in ready:
             if len(batch) == most or tokens <= 0 or rows <= 0:
                 break
             if prompts and sequence in self._generating and (tokens <= self._prompt_tokens or rows <= PROMPT_ROWS):
                 continue
             if self.cache and not sequence.prefix:
+                if full and sequence.job.reader:
+                    continue  # 1000 of them would cost 7 ms to look up
                 if self._follows(sequence, self.cache):
                     continue
                 if not self._start(sequence, self.cache, tokens, full):
@@ -101,6 +106,7 @@ class Schedule:
             batch.append((sequence, piece))
             tokens -= cost
             rows -= max(1, piece.rows)
+        self._full = full
         for sequence, _ in batch:
             for queue in self._queues:
                 queue.pop(sequence, None)
@@ -138,8 +144,6 @@ class Schedule:
 
     def _start(self, sequence: Sequence, cache: PrefixCache, tokens: int, full: bool) -> bool:
         """Take what the cache has of it, and slots for the rest; False where it has to wait for these."""
-        if full and sequence.job.reader:
-            return False
         prefix = cache.hold(sequence.ids[: sequence.asked])
         known = prefix.slots.size
         slots = None if full else cache.take(sequence.job.tokens - known)

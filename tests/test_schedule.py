@@ -92,3 +92,30 @@ def test_those_that_generate_leave_some_of_a_batch_to_a_prompt(rows: int, tokens
     batch = schedule.next_batch(1)
     assert batch[0][0].prefilled
     assert next(sequence for sequence, _ in batch if not sequence.prefilled) is prompts[0], "which waits for longest"
+
+
+@pytest.mark.parametrize(("slots", "sizes"), [(1000, [10, 0]), (4000, [20, 20])])
+def test_lanes_share_what_can_start_and_not_what_waits_for_slots(slots: int, sizes: list[int]) -> None:
+    """Of 100 there is room for 10, for whose few tokens one lane reads the weights, or for 40, which are for both."""
+    variant: Any = Shape(True)
+    schedule = Schedule(variant, PrefixCache(1, slots, 1), 512)
+    for first in range(100):
+        schedule.add(sequence_of(variant, [first] * 20, 80))
+    for step in range(40):
+        side_by_side = [schedule.next_batch(lanes) for lanes in (2, 1)]
+        assert step < 3 or [len(batch) for batch in side_by_side] == sizes
+        for batch in side_by_side:
+            over(schedule, batch)
+
+
+def test_what_waits_for_slots_is_not_looked_up_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant: Any = Shape(True)
+    cache = PrefixCache(1, 1000, 1)
+    schedule = Schedule(variant, cache, 512)
+    for first in range(100):
+        schedule.add(sequence_of(variant, [first] * 20, 80))
+    over(schedule, schedule.next_batch(1))
+    looked_up: list[int] = []
+    monkeypatch.setattr(cache, "matched", lambda ids: looked_up.append(ids[0]) or 0)
+    over(schedule, schedule.next_batch(1))
+    assert looked_up == [10], "the first alone, for which the next free slots are"
