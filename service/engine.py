@@ -96,8 +96,8 @@ class Engine:
     async def run(self, jobs: Collection[Job]) -> list[Done]:
         """Each job's result, in order. Cancel it, and what is not computed of it is dropped.
 
-        Raises ApiError: queue_full where not all of them fit, too_large where they never will, timeout where a job
-        had no row in time, unavailable; and what a job's reader raised.
+        Raises ApiError: queue_full where not all of them fit, too_large where they never will, timeout where those
+        with readers had no row in time, or one without had not its own, unavailable; and what a job's reader raised.
         """
         tokens = sum(job.tokens for job in jobs)
         size = sum(job.variant.row_bytes for job in jobs if not job.reader)  # a reader's are gone once it read them
@@ -111,7 +111,7 @@ class Engine:
                 mine.append(self._enter(job))
             self._wake()
             async with asyncio.timeout(self._timeout_s):
-                await _all([waiter.first for waiter in mine])
+                await _in_time(mine)
             return await _all([waiter.result for waiter in mine])
         except asyncio.CancelledError:
             reason = "client_gone"
@@ -311,6 +311,14 @@ class Engine:
                 waiter.give(waiter.first, done)
             if not goes_on:
                 waiter.give(waiter.result, done)
+
+
+async def _in_time(waiters: list[Waiter]) -> None:
+    """The rows of those without a reader, and the first one of any of the others, which take turns at the slots."""
+    if reading := [waiter.first for waiter in waiters if waiter.job.reader]:
+        await (reading[0] if len(reading) == 1 else asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED))
+    if rows := [waiter.result for waiter in waiters if not waiter.job.reader]:
+        await _all(rows)
 
 
 async def _all(futures: list[asyncio.Future[Done]]) -> list[Done]:

@@ -82,10 +82,9 @@ class Waiter:
             future.set_result(done)
 
     def fail(self, error: Exception) -> None:
-        if not self.first.done():
-            self.first.set_exception(error)
-        elif not self.result.done():
-            self.result.set_exception(error)
+        for future in {self.first, self.result}:
+            if not future.done():
+                future.set_exception(error)
 
 
 @dataclass(eq=False)

@@ -393,6 +393,41 @@ def test_the_deadline_is_for_the_first_rows() -> None:
     play(scene, slots=CONTEXT, timeout_s=0.2)
 
 
+def test_a_request_whose_first_choices_go_on_is_not_late() -> None:
+    """The later ones wait for slots that these hold."""
+
+    class Slow(Counting):
+        def read(self, rows: Rows) -> int | None:
+            threading.Event().wait(0.001)
+            return super().read(rows)
+
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        readers = [Slow(200) for _ in range(3)]
+        await engine.run([Job(variant, [n], reader=reader, max_tokens=900) for n, reader in enumerate(readers)])
+        assert [len(reader.seen) for reader in readers] == [201] * 3
+
+    play(scene, slots=CONTEXT, timeout_s=0.1)
+
+
+def test_what_one_choice_raises_ends_the_request_at_once() -> None:
+    """Also before another one had a row, or a later row of its own."""
+
+    class Fails(Counting):
+        def read(self, rows: Rows) -> int | None:
+            if len(self.seen) == 5:
+                raise ValueError("cannot be read")
+            return super().read(rows)
+
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        readers = [Counting(800), Fails(800), Counting(1)]
+        with pytest.raises(ValueError, match="cannot be read"):
+            await engine.run([Job(variant, [n], reader=reader, max_tokens=450) for n, reader in enumerate(readers)])
+        assert len(readers[0].seen) < 20
+        assert not readers[2].seen
+
+    play(scene, slots=CONTEXT)
+
+
 def test_a_batch_that_fails_fails_its_requests_only() -> None:
     async def scene(engine: Engine, variant: Gated, log: Log) -> None:
         broken_one, cache = Gated("broken", [], cached=True), PrefixCache(1, CONTEXT, 1)
