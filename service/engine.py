@@ -210,17 +210,22 @@ class Engine:
             asyncio.get_running_loop().call_soon(self._guarded, self._pump)
 
     def _guarded(self, step: Callable[..., None], *arguments: object) -> None:
-        """A step that no caller waits for; one that fails is a defect of ours, and ends the service's readiness."""
+        """A step that no caller waits for; one that fails is a defect of ours: it ends the service and all that wait."""
         try:
             step(*arguments)
-        except Exception:
+        except Exception as error:
             self._broken = True
             self._drained.set()
+            self._waiting = 0
+            for sequence in self._unfinished:
+                for waiter in sequence.waiters:
+                    waiter.fail(error)
+            self._unfinished.clear()  # nothing of the schedules, whose state is unknown, is touched again
             raise
 
     def _pump(self) -> None:
         self._pumping = False
-        while self._free and (batch := self._next_batch()):
+        while not self._broken and self._free and (batch := self._next_batch()):
             self._run_batch(batch, self._is_wide(batch))
         if not (self._open or self._unfinished):
             self._drained.set()
@@ -264,6 +269,8 @@ class Engine:
 
     def _ended(self, batch: Batch, schedule: Schedule, running: asyncio.Future[Computed]) -> None:
         del self._running[running]
+        if self._broken:
+            return
         try:
             start, answers, end = running.result()
         except Exception as error:

@@ -446,6 +446,36 @@ def test_a_batch_that_fails_fails_its_requests_only() -> None:
     play(scene)
 
 
+@pytest.mark.parametrize("step", ["next_batch", "computed"])
+def test_a_defect_of_ours_fails_all_that_wait(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and the service says that it does not serve any more."""
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        seen: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: seen.append(context["exception"]))
+        first = await hold(engine, variant, log)
+        waits = await start(engine, [job(variant, 250), Job(variant, [1], reader=Counting(5), max_tokens=5)])
+        same = await start(engine, [job(variant, 3, first=7)])
+        also = await start(engine, [job(variant, 3, first=7)])
+        monkeypatch.setattr(engine._schedules[variant], step, breaks)
+        variant.gate.set()
+        found = await asyncio.wait_for(asyncio.gather(first, waits, same, also, return_exceptions=True), LIMIT_S / 4)
+        assert isinstance(found[0], RuntimeError) == (step == "computed"), "its batch was over before the next one"
+        assert [str(error) for error in found[1:]] == ["a defect"] * 3
+        assert [str(error) for error in seen] == ["a defect"]
+        assert not engine.serving
+        assert engine.waiting == 0
+        with pytest.raises(ApiError) as refused:
+            await engine.run([job(variant, 1)])
+        assert refused.value.status_code == 503
+        engine._caches.clear()  # type: ignore[attr-defined]  # whose slots are lost
+
+    play(scene, slots=CONTEXT)
+
+
 def test_a_variant_that_gives_too_few_rows_fails_its_requests_only() -> None:
     async def scene(engine: Engine, variant: Gated, log: Log) -> None:
         class Short(Gated):
