@@ -127,7 +127,7 @@ class PrefixCache:
         """Where `ids` lead from the end of `run`: the last run, how many of them that takes, how much of that run."""
         found, inside = 0, len(run.ids)
         while inside == len(run.ids) and found < len(ids) and (child := run.children.get(ids[found])):
-            run, inside = child, _common(child.ids, ids[found : found + len(child.ids)])
+            run, inside = child, common(child.ids, ids[found : found + len(child.ids)])
             found += inside
         return run, found, inside
 
@@ -191,7 +191,7 @@ def prefix_caches(variants: Collection[Variant], size: int) -> dict[Variant, Pre
     return caches
 
 
-def _common(some: Sequence[int], others: Sequence[int]) -> int:
+def common(some: Sequence[int], others: Sequence[int]) -> int:
     """How many first tokens are the same."""
     if some == others:
         return len(some)

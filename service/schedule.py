@@ -3,7 +3,8 @@
 A batch has first the next token of each sequence that generates, then prompts, the longest-waiting first, up to a
 budget of tokens and of rows, of which a part is the prompts' alone; one that does not fit goes on in the next batch. A prompt takes the slots for all
 it may come to before it starts, so that what has started always finishes; one alone always finds room, since a pool
-has a slot for each token of the context. Where a prompt begins like one that is being computed, it waits for that one.
+has a slot for each token of the context. Where a prompt begins like one that is being computed, it waits until that one has what
+they share.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from itertools import chain
 
 import numpy as np
 
-from service.prefix_cache import PrefixCache
+from service.prefix_cache import PrefixCache, common
 from service.sequence import NO_SLOTS, Sequence
 from service.variant import Piece, Variant
 
@@ -120,6 +121,10 @@ class Schedule:
             if sequence.computed == len(sequence.job.ids):
                 self._store(sequence)
                 self._release_followers(sequence)
+            elif any(follower.shared <= sequence.computed for follower in sequence.followers):
+                self._store(sequence)
+                self._release_followers(sequence, sequence.computed)
+                self._lead(sequence)
 
     def end(self, sequence: Sequence) -> None:
         """It is in no queue any more: what is computed of it stays in the cache, as long as there is room."""
@@ -140,7 +145,14 @@ class Schedule:
         del self._waiting[sequence]
         leader.followers[sequence] = None
         sequence.leader = leader
+        sequence.shared = common(sequence.ids[: sequence.asked], leader.job.ids)
         return True
+
+    def _lead(self, sequence: Sequence) -> None:
+        """Those that come from now on may wait for its next tokens, after what is stored of it."""
+        sequence.key = tuple(sequence.job.ids[: sequence.computed + SHARED])
+        if len(sequence.key) == sequence.computed + SHARED:
+            self._leaders.setdefault(sequence.key, sequence)
 
     def _start(self, sequence: Sequence, cache: PrefixCache, tokens: int, full: bool) -> bool:
         """Take what the cache has of it, and slots for the rest; False where it has to wait for these."""
@@ -169,15 +181,17 @@ class Schedule:
             sequence.prefix = self.cache.keep(sequence.prefix, sequence.ids[known:end], own)
             sequence.slots = np.concatenate((sequence.prefix.slots, sequence.slots[end:]))
 
-    def _release_followers(self, sequence: Sequence) -> None:
+    def _release_followers(self, sequence: Sequence, computed: int | None = None) -> None:
+        """It leads no more. Those that share more than `computed` of it go on waiting, where that is given."""
         if self._leaders.get(sequence.key) is sequence:
             del self._leaders[sequence.key]
-        for follower in sequence.followers:
+        released = [each for each in sequence.followers if computed is None or each.shared <= computed]
+        for follower in released:
             follower.leader = None
-        if sequence.followers:
-            both = sequence.followers | self._waiting
+            del sequence.followers[follower]
+        if released:
+            both = {**dict.fromkeys(released), **self._waiting}
             self._waiting = dict.fromkeys(sorted(both, key=lambda each: each.arrived))
-            sequence.followers = {}
 
     def _pads_too_much(self, batch: Batch, piece: Piece) -> bool:
         if self._variant.cached:

@@ -108,6 +108,7 @@ class Sequence:
     key: tuple[int, ...] = ()  # the first tokens of it that others wait for instead of computing them too
     followers: dict[Sequence, None] = field(default_factory=dict)  # those who do
     leader: Sequence | None = None  # whom it waits for
+    shared: int = 0  # until so many of its tokens are computed
 
     @classmethod
     def of(cls, waiter: Waiter) -> Sequence:

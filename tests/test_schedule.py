@@ -119,3 +119,26 @@ def test_what_waits_for_slots_is_not_looked_up_for_each_batch(monkeypatch: pytes
     monkeypatch.setattr(cache, "matched", lambda ids: looked_up.append(ids[0]) or 0)
     over(schedule, schedule.next_batch(1))
     assert looked_up == [10], "the first alone, for which the next free slots are"
+
+
+def test_a_prompt_waits_for_what_it_shares_and_no_longer() -> None:
+    variant: Any = Shape(True)
+    schedule = Schedule(variant, PrefixCache(1, 4000, 1), 100)
+    leads = sequence_of(variant, list(range(900)))
+    short, long, longest = (
+        sequence_of(variant, [*range(shares), 901, 902, number]) for number, shares in enumerate((16, 250, 899))
+    )
+    for sequence in (leads, short, long):
+        schedule.add(sequence)
+    begun: dict[Sequence, int] = {}
+    for step in range(12):
+        side_by_side = [schedule.next_batch(lanes) for lanes in (2, 1)]
+        for batch in side_by_side:
+            for sequence, _ in batch:
+                begun.setdefault(sequence, step)
+            over(schedule, batch)
+        if step == 1:
+            schedule.add(longest)  # which finds what the first one waited for, and waits for the others
+    assert list(begun.values()) == [0, 1, 3, 9]
+    assert list(begun) == [leads, short, long, longest]
+    assert [sequence.cached for sequence in begun] == [0, 16, 250, 899]
