@@ -268,7 +268,7 @@ class Engine:
         running.add_done_callback(functools.partial(self._guarded, self._ended, batch, schedule))
 
     def _ended(self, batch: Batch, schedule: Schedule, running: asyncio.Future[Computed]) -> None:
-        del self._running[running]
+        wide = self._running.pop(running)
         if self._broken:
             return
         try:
@@ -276,7 +276,7 @@ class Engine:
         except Exception as error:
             start, answers, end = 0.0, [error] * len(batch), 0.0
         else:
-            self._count(batch, end - start)
+            self._count(batch, end - start, wide)
         for (sequence, piece), answer in zip(batch, answers, strict=True):
             sequence.running = False
             sequence.started = sequence.started or start
@@ -285,14 +285,15 @@ class Engine:
             self._after(sequence, schedule, answer, end)
         self._wake()
 
-    def _count(self, batch: Batch, seconds: float) -> None:
+    def _count(self, batch: Batch, seconds: float, wide: bool) -> None:
         variant = batch[0][0].job.variant
         tokens = sum(variant.tokens_of(piece) for _, piece in batch)
         generated = sum(piece.rows for sequence, piece in batch if sequence.prefilled)
         padding = 0
         if not variant.cached:
             padding = sum(piece.rows for _, piece in batch) * max(len(piece.ids) for _, piece in batch) - tokens
-        self._token_s += 0.1 * (seconds / tokens / self._lanes - self._token_s)
+        side_by_side = 1 if wide else self._lanes
+        self._token_s += 0.1 * (seconds / tokens / side_by_side - self._token_s)
         self.metrics.computed(variant.name, len(batch), tokens - generated, generated, padding)
 
     def _after(self, sequence: Sequence, schedule: Schedule, answer: Answer, at: float) -> None:

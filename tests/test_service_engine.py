@@ -304,6 +304,19 @@ def test_when_to_come_back_is_computed_from_what_waits_and_how_fast_it_goes() ->
     play(scene, max_queue=1)
 
 
+@pytest.mark.parametrize(("wide", "share"), [(True, 1), (False, 4)])
+def test_a_batch_on_all_lanes_is_not_one_of_several(wide: bool, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four lanes that take a second each for 10 tokens, a token takes 25 ms; of all as one, 100."""
+    seconds = itertools.count()
+    monkeypatch.setattr("service.engine.perf_counter", lambda: next(seconds))
+
+    async def scene(engine: Engine, _: Gated, log: Log) -> None:
+        await engine.run([job(Gated("b", log, wide=wide), 10)])
+        assert engine._token_s == pytest.approx(0.1 * 1 / 10 / share), "the first of a moving average"
+
+    play(scene, lanes=4)
+
+
 def test_a_caller_that_left_is_dropped_from_the_queue() -> None:
     async def scene(engine: Engine, variant: Gated, log: Log) -> None:
         first = await hold(engine, variant, log)
