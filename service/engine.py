@@ -64,7 +64,7 @@ class Engine:
         self._drained = asyncio.Event()
         self._waiting = 0
         self._tokens = 0  # of all requests that are not answered
-        self._bytes = 0  # of their rows
+        self._bytes = 0  # of their rows, or of what readers keep of them
         self._token_s = 0.0  # moving average of a token's share of its batch
         self.metrics = EngineMetrics()
 
@@ -100,7 +100,8 @@ class Engine:
         with readers had no row in time, or one without had not its own, unavailable; and what a job's reader raised.
         """
         tokens = sum(job.tokens for job in jobs)
-        size = sum(job.variant.row_bytes for job in jobs if not job.reader)  # a reader's are gone once it read them
+        # A reader's rows are gone once it read them, but for what it makes of them.
+        size = sum(job.bytes if job.reader else job.variant.row_bytes for job in jobs)
         self._admit(len(jobs), tokens, size)
         self._tokens += tokens
         self._bytes += size
@@ -210,7 +211,7 @@ class Engine:
             asyncio.get_running_loop().call_soon(self._guarded, self._pump)
 
     def _guarded(self, step: Callable[..., None], *arguments: object) -> None:
-        """A step that no caller waits for; one that fails is a defect of ours: it ends the service and all that wait."""
+        """A step that no caller waits for; one that fails, a defect of ours, ends the service and all that wait."""
         try:
             step(*arguments)
         except Exception as error:

@@ -1,7 +1,7 @@
 """Keys and values of computed tokens, kept for whatever comes next that starts with the same tokens.
 
     pool [L, S + 1, W]   S slots, each for one token: its keys and values in all L layers; and slot 0, for nobody's
-    a tree of runs       tokens one after another, each with its slot; the runs that go on after one differ in their first
+    a tree of runs       tokens one after another, each with its slot; those that go on after one differ in their first
 
 A sequence holds the run that it starts with, computes the tokens after it into slots that it took, and keeps those in
 the tree for others. What nobody holds is evicted from the ends, the least recently used first, when slots are needed.

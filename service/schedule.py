@@ -1,10 +1,10 @@
 """Which tokens of one variant are computed together next, and where their keys and values go.
 
 A batch has first the next token of each sequence that generates, then prompts, the longest-waiting first, up to a
-budget of tokens and of rows, of which a part is the prompts' alone; one that does not fit goes on in the next batch. A prompt takes the slots for all
-it may come to before it starts, so that what has started always finishes; one alone always finds room, since a pool
-has a slot for each token of the context. Where a prompt begins like one that is being computed, it waits until that one has what
-they share.
+budget of tokens and of rows, a part of which is for prompts alone; a prompt that does not fit goes on in the next
+batch. It takes the slots for all it may come to before it starts, so that what has started always finishes; one alone
+always finds room, since a pool has a slot for each token of the context. Where a prompt begins like one that is being
+computed, it waits until that one has what they share.
 """
 
 from __future__ import annotations

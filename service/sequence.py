@@ -43,6 +43,7 @@ class Job:
     top_k: int = 0
     reader: Reader | None = None
     max_tokens: int = 0
+    bytes: int = 0  # that the reader keeps, at most
 
     @property
     def tokens(self) -> int:

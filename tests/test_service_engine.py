@@ -289,6 +289,18 @@ def test_the_queue_is_priced_in_tokens_and_in_memory(priced: dict[str, int], pri
     play(scene, **priced)
 
 
+def test_what_readers_keep_is_priced() -> None:
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        first = await start(engine, [Job(variant, [1], reader=Counting(3), max_tokens=3, bytes=600)])
+        with pytest.raises(ApiError, match="600 bytes") as refused:
+            await engine.run([Job(variant, [2], reader=Counting(3), max_tokens=3, bytes=500)])
+        assert refused.value.status_code == 429
+        await first
+        await engine.run([Job(variant, [2], reader=Counting(3), max_tokens=3, bytes=500)])
+
+    play(scene, slots=CONTEXT, max_queue_bytes=1000)
+
+
 def test_when_to_come_back_is_computed_from_what_waits_and_how_fast_it_goes() -> None:
     async def scene(engine: Engine, variant: Gated, log: Log) -> None:
         first = await hold(engine, variant, log)
