@@ -35,6 +35,8 @@ from service.next_token import (
 from service.settings import Settings
 from service.variant import Variant
 
+ENTRY_BYTES = 60  # of memory for each log-probability that is listed
+
 
 @dataclass
 class Completing:
@@ -69,8 +71,10 @@ class Completing:
                     put(index, piece)
 
                 choice = Choice(self.asked, self.variant, prompt, number, put_its)
+                size = ENTRY_BYTES * _each(self.asked) * _places(self.asked, [prompt])
                 # The last token that is generated need not be computed.
-                jobs.append(Job(self.variant, prompt.ids, choice.top_k, choice, max(0, self.asked.max_tokens - 1)))
+                most = max(0, self.asked.max_tokens - 1)
+                jobs.append(Job(self.variant, prompt.ids, choice.top_k, choice, most, size))
         return jobs
 
     def choice(self, index: int, pieces: Sequence[Piece], *, first: bool) -> dict[str, Any]:
@@ -91,7 +95,8 @@ class Completing:
         return fields
 
     def usage(self, generated: Sequence[int], done: Sequence[Done]) -> dict[str, Any]:
-        # Of a prompt's choices the first computes it; the others find it.
+        # What a prompt's first choice found; the others find that and what the first one computed. With echo and
+        # logprobs none finds anything: each one's rows are all computed.
         cached = sum(each.cached_tokens for each in done[:: self.asked.n])
         usage = usage_of(sum(len(prompt.ids) for prompt in self.prompts), sum(generated))
         return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
@@ -181,16 +186,23 @@ def _encode(asked: CompletionRequest, variant: Variant, settings: Settings) -> l
 
 
 def _check_entries(asked: CompletionRequest, prompts: Sequence[Prompt], settings: Settings) -> None:
-    if not asked.lists_logprobs:
-        return
-    each = max(1, (asked.logprobs or 0) + len(asked.logprob_token_ids or ()))
-    places = asked.n * sum(asked.max_tokens + (len(prompt.ids) if asked.echo else 0) for prompt in prompts)
+    each, places = _each(asked), asked.n * _places(asked, prompts)
     if places * each > settings.max_entries:
         raise Invalid(
             f"{each} log-probabilities at each of up to {places} tokens are {places * each}; one answer may list "
             f"{settings.max_entries}: lower logprobs or max_tokens, or send several requests",
             "logprobs",
         )
+
+
+def _each(asked: CompletionRequest) -> int:
+    """Log-probabilities at each place."""
+    return max(1, (asked.logprobs or 0) + len(asked.logprob_token_ids or ())) if asked.lists_logprobs else 0
+
+
+def _places(asked: CompletionRequest, prompts: Sequence[Prompt]) -> int:
+    """Tokens of one choice of each prompt that may be listed."""
+    return sum(asked.max_tokens + (len(prompt.ids) if asked.echo else 0) for prompt in prompts)
 
 
 def _prompt(index: int, prompt: str | list[int], ids: list[int], asked: CompletionRequest, variant: Variant) -> Prompt:

@@ -12,6 +12,7 @@ from service.schema import Prompts, Request
 
 MAX_STOPS = 64  # each token's text is looked through for each
 MAX_STOP_CHARACTERS = 256
+MAX_CHOICES = 1 << 20  # of any service; each has its own limit besides
 MAX_IDS = 1_024  # of logit_bias, stop_token_ids and logprob_token_ids; vLLM allows 1024 biases
 
 # What clients send and what changes no token here: who asks, how to rank, and how many tokens a chunk may wait for.
@@ -129,7 +130,7 @@ class CompletionRequest(Request):
     top_p: Number = Field(1.0, ge=0, le=1, description="Of the fewest likeliest tokens that have this mass together.")
     top_k: int = Field(0, ge=-1, description="Of so many likeliest tokens; 0 or -1: of all.")
     min_p: Number = Field(0.0, ge=0, le=1, description="Of those this times as likely as the likeliest.")
-    n: int = Field(1, ge=1, description="Choices for each prompt.")
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt.")
     best_of: int | None = Field(None, description="Must be n: nothing is generated that is not answered.")
     seed: int | None = Field(
         None, ge=-(1 << 63), lt=1 << 63, description="The same seed and request give the same choices, in any batch."

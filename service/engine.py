@@ -64,7 +64,7 @@ class Engine:
         self._drained = asyncio.Event()
         self._waiting = 0
         self._tokens = 0  # of all requests that are not answered
-        self._bytes = 0  # of their rows
+        self._bytes = 0  # of their rows, or of what readers keep of them
         self._token_s = 0.0  # moving average of a token's share of its batch
         self.metrics = EngineMetrics()
 
@@ -96,11 +96,12 @@ class Engine:
     async def run(self, jobs: Collection[Job]) -> list[Done]:
         """Each job's result, in order. Cancel it, and what is not computed of it is dropped.
 
-        Raises ApiError: queue_full where not all of them fit, too_large where they never will, timeout where a job
-        had no row in time, unavailable; and what a job's reader raised.
+        Raises ApiError: queue_full where not all of them fit, too_large where they never will, timeout where those
+        with readers had no row in time, or one without had not its own, unavailable; and what a job's reader raised.
         """
         tokens = sum(job.tokens for job in jobs)
-        size = sum(job.variant.row_bytes for job in jobs if not job.reader)  # a reader's are gone once it read them
+        # A reader's rows are gone once it read them, but for what it makes of them.
+        size = sum(job.bytes if job.reader else job.variant.row_bytes for job in jobs)
         self._admit(len(jobs), tokens, size)
         self._tokens += tokens
         self._bytes += size
@@ -111,7 +112,7 @@ class Engine:
                 mine.append(self._enter(job))
             self._wake()
             async with asyncio.timeout(self._timeout_s):
-                await _all([waiter.first for waiter in mine])
+                await _in_time(mine)
             return await _all([waiter.result for waiter in mine])
         except asyncio.CancelledError:
             reason = "client_gone"
@@ -210,17 +211,22 @@ class Engine:
             asyncio.get_running_loop().call_soon(self._guarded, self._pump)
 
     def _guarded(self, step: Callable[..., None], *arguments: object) -> None:
-        """A step that no caller waits for; one that fails is a defect of ours, and ends the service's readiness."""
+        """A step that no caller waits for; one that fails, a defect of ours, ends the service and all that wait."""
         try:
             step(*arguments)
-        except Exception:
+        except Exception as error:
             self._broken = True
             self._drained.set()
+            self._waiting = 0
+            for sequence in self._unfinished:
+                for waiter in sequence.waiters:
+                    waiter.fail(error)
+            self._unfinished.clear()  # nothing of the schedules, whose state is unknown, is touched again
             raise
 
     def _pump(self) -> None:
         self._pumping = False
-        while self._free and (batch := self._next_batch()):
+        while not self._broken and self._free and (batch := self._next_batch()):
             self._run_batch(batch, self._is_wide(batch))
         if not (self._open or self._unfinished):
             self._drained.set()
@@ -263,13 +269,15 @@ class Engine:
         running.add_done_callback(functools.partial(self._guarded, self._ended, batch, schedule))
 
     def _ended(self, batch: Batch, schedule: Schedule, running: asyncio.Future[Computed]) -> None:
-        del self._running[running]
+        wide = self._running.pop(running)
+        if self._broken:
+            return
         try:
             start, answers, end = running.result()
         except Exception as error:
             start, answers, end = 0.0, [error] * len(batch), 0.0
         else:
-            self._count(batch, end - start)
+            self._count(batch, end - start, wide)
         for (sequence, piece), answer in zip(batch, answers, strict=True):
             sequence.running = False
             sequence.started = sequence.started or start
@@ -278,14 +286,15 @@ class Engine:
             self._after(sequence, schedule, answer, end)
         self._wake()
 
-    def _count(self, batch: Batch, seconds: float) -> None:
+    def _count(self, batch: Batch, seconds: float, wide: bool) -> None:
         variant = batch[0][0].job.variant
         tokens = sum(variant.tokens_of(piece) for _, piece in batch)
         generated = sum(piece.rows for sequence, piece in batch if sequence.prefilled)
         padding = 0
         if not variant.cached:
             padding = sum(piece.rows for _, piece in batch) * max(len(piece.ids) for _, piece in batch) - tokens
-        self._token_s += 0.1 * (seconds / tokens / self._lanes - self._token_s)
+        side_by_side = 1 if wide else self._lanes
+        self._token_s += 0.1 * (seconds / tokens / side_by_side - self._token_s)
         self.metrics.computed(variant.name, len(batch), tokens - generated, generated, padding)
 
     def _after(self, sequence: Sequence, schedule: Schedule, answer: Answer, at: float) -> None:
@@ -311,6 +320,14 @@ class Engine:
                 waiter.give(waiter.first, done)
             if not goes_on:
                 waiter.give(waiter.result, done)
+
+
+async def _in_time(waiters: list[Waiter]) -> None:
+    """The rows of those without a reader, and the first one of any of the others, which take turns at the slots."""
+    if reading := [waiter.first for waiter in waiters if waiter.job.reader]:
+        await (reading[0] if len(reading) == 1 else asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED))
+    if rows := [waiter.result for waiter in waiters if not waiter.job.reader]:
+        await _all(rows)
 
 
 async def _all(futures: list[asyncio.Future[Done]]) -> list[Done]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import reprlib
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -34,7 +35,16 @@ STATUS = {
 # What the web framework raises by itself arrives with a status only.
 _KIND = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 
-_short = reprlib.Repr()
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        try:
+            return super().repr_int(x, level)
+        except ValueError:  # as of the interpreter's own limit
+            return f"a number of more than {sys.get_int_max_str_digits()} digits"
+
+
+_short = _Short()
 _short.maxstring = _short.maxother = _short.maxlong = 60
 
 

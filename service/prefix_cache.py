@@ -1,7 +1,7 @@
 """Keys and values of computed tokens, kept for whatever comes next that starts with the same tokens.
 
-    pool [L, S, W]   S slots, each for one token: its keys and values in all L layers
-    a tree of runs   tokens one after another, each with its slot; the runs that go on after one differ in their first
+    pool [L, S + 1, W]   S slots, each for one token: its keys and values in all L layers; and slot 0, for nobody's
+    a tree of runs       tokens one after another, each with its slot; those that go on after one differ in their first
 
 A sequence holds the run that it starts with, computes the tokens after it into slots that it took, and keeps those in
 the tree for others. What nobody holds is evicted from the ends, the least recently used first, when slots are needed.
@@ -50,10 +50,11 @@ class PrefixCache:
 
     def __init__(self, layers: int, slots: int, width: int) -> None:
         # Of zeros: memory that is not touched costs nothing, and the graph's masked sums must be finite.
-        self.pool = np.zeros((layers, slots, width), np.float32)
+        # Slot 0 stays so: shorter pasts are padded with it, and 0 times what is not finite is not 0.
+        self.pool = np.zeros((layers, slots + 1, width), np.float32)
         self.evicted = 0  # tokens, ever
         self._root = _Run([], np.empty(0, np.int64), None)
-        self._free = np.arange(slots)[::-1].copy()  # a stack, its top at `_free_count`
+        self._free = np.arange(1, slots + 1)[::-1].copy()  # a stack, its top at `_free_count`
         self._free_count = slots
         self._stored = 0  # tokens in the tree
         self._held = 0  # of them, those that somebody holds
@@ -127,7 +128,7 @@ class PrefixCache:
         """Where `ids` lead from the end of `run`: the last run, how many of them that takes, how much of that run."""
         found, inside = 0, len(run.ids)
         while inside == len(run.ids) and found < len(ids) and (child := run.children.get(ids[found])):
-            run, inside = child, _common(child.ids, ids[found : found + len(child.ids)])
+            run, inside = child, common(child.ids, ids[found : found + len(child.ids)])
             found += inside
         return run, found, inside
 
@@ -191,7 +192,7 @@ def prefix_caches(variants: Collection[Variant], size: int) -> dict[Variant, Pre
     return caches
 
 
-def _common(some: Sequence[int], others: Sequence[int]) -> int:
+def common(some: Sequence[int], others: Sequence[int]) -> int:
     """How many first tokens are the same."""
     if some == others:
         return len(some)

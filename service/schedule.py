@@ -1,9 +1,10 @@
 """Which tokens of one variant are computed together next, and where their keys and values go.
 
 A batch has first the next token of each sequence that generates, then prompts, the longest-waiting first, up to a
-budget of tokens and of rows; a prompt that does not fit goes on in the next batch. A prompt takes the slots for all
-it may come to before it starts, so that what has started always finishes; one alone always finds room, since a pool
-has a slot for each token of the context. Where a prompt begins like one that is being computed, it waits for that one.
+budget of tokens and of rows, a part of which is for prompts alone; a prompt that does not fit goes on in the next
+batch. It takes the slots for all it may come to before it starts, so that what has started always finishes; one alone
+always finds room, since a pool has a slot for each token of the context. Where a prompt begins like one that is being
+computed, it waits until that one has what they share.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from itertools import chain
 
 import numpy as np
 
-from service.prefix_cache import PrefixCache
+from service.prefix_cache import PrefixCache, common
 from service.sequence import NO_SLOTS, Sequence
 from service.variant import Piece, Variant
 
@@ -24,6 +25,8 @@ SHARED = 16
 # Up to so many tokens a run takes as long as it takes to read the weights, and two lanes would read them twice: 8
 # sequences that generate, at 14M parameters in fp32, 290 tokens/s together and 187 in two lanes.
 LANE_TOKENS = 32
+# Of a batch, the part that those that generate leave to a prompt: a share of its tokens, and a row.
+PROMPT_TOKENS, PROMPT_ROWS = 1 / 8, 1
 # Padding that a batch may have, where the graph does not drop it: a share of its tokens, or so many, which cost less
 # than another run.
 PADDING, FREE_PADDING = 1 / 8, 64
@@ -37,8 +40,10 @@ class Schedule:
     def __init__(self, variant: Variant, cache: PrefixCache | None, max_batch_tokens: int) -> None:
         self.cache = cache
         self._variant = variant
-        self._max_tokens = max_batch_tokens
-        self._max_rows = max(1, BATCH_ROW_BYTES // variant.row_bytes)
+        self._max_tokens = max(2, max_batch_tokens)  # one that is generated, and one of a prompt
+        self._max_rows = max(2, BATCH_ROW_BYTES // variant.row_bytes)
+        self._prompt_tokens = math.ceil(PROMPT_TOKENS * self._max_tokens)
+        self._full = False  # whether some found no slots for the last batch
         # Each in the order of arrival; what is in a batch, or follows another, is in none of them.
         self._generating: dict[Sequence, None] = {}
         self._prefilling: dict[Sequence, None] = {}
@@ -51,7 +56,8 @@ class Schedule:
 
     def add(self, sequence: Sequence) -> None:
         """It is new, or its batch is over."""
-        if not sequence.begun or not self._variant.cached:  # the latter in turn, whatever their next tokens
+        # Where there is no pool, each of its tokens costs as much as its prompt did: it waits in turn.
+        if not sequence.begun or not self.cache:
             self._waiting[sequence] = None
         elif sequence.prefilled:
             self._generating[sequence] = None
@@ -74,14 +80,21 @@ class Schedule:
         if ready and not self._variant.cached:  # near to the first in length
             first = len(ready[0].ids)
             ready.sort(key=lambda sequence: abs(len(sequence.ids) - first))
-        tokens = sum(len(sequence.ids) - sequence.computed for sequence in ready)
-        most = math.ceil(len(ready) / lanes) if tokens > LANE_TOKENS else len(ready)
+        # Those that found no slots last time are not shared out: the other lanes would wait for what cannot start.
+        able = [sequence for sequence in ready if sequence.prefix or not (self._full and sequence.job.reader)]
+        tokens = sum(len(sequence.ids) - sequence.computed for sequence in able)
+        most = max(1, math.ceil(len(able) / lanes)) if tokens > LANE_TOKENS else len(ready)
         batch: Batch = []
         tokens, rows, full = self._max_tokens, self._max_rows, False
+        prompts = len(able) > len(self._generating)
         for sequence in ready:
             if len(batch) == most or tokens <= 0 or rows <= 0:
                 break
+            if prompts and sequence in self._generating and (tokens <= self._prompt_tokens or rows <= PROMPT_ROWS):
+                continue
             if self.cache and not sequence.prefix:
+                if full and sequence.job.reader:
+                    continue  # 1000 of them would cost 7 ms to look up
                 if self._follows(sequence, self.cache):
                     continue
                 if not self._start(sequence, self.cache, tokens, full):
@@ -94,6 +107,7 @@ class Schedule:
             batch.append((sequence, piece))
             tokens -= cost
             rows -= max(1, piece.rows)
+        self._full = full
         for sequence, _ in batch:
             for queue in self._queues:
                 queue.pop(sequence, None)
@@ -107,6 +121,10 @@ class Schedule:
             if sequence.computed == len(sequence.job.ids):
                 self._store(sequence)
                 self._release_followers(sequence)
+            elif any(follower.shared <= sequence.computed for follower in sequence.followers):
+                self._store(sequence)
+                self._release_followers(sequence, sequence.computed)
+                self._lead(sequence)
 
     def end(self, sequence: Sequence) -> None:
         """It is in no queue any more: what is computed of it stays in the cache, as long as there is room."""
@@ -127,12 +145,17 @@ class Schedule:
         del self._waiting[sequence]
         leader.followers[sequence] = None
         sequence.leader = leader
+        sequence.shared = common(sequence.ids[: sequence.asked], leader.job.ids)
         return True
+
+    def _lead(self, sequence: Sequence) -> None:
+        """Those that come from now on may wait for its next tokens, after what is stored of it."""
+        sequence.key = tuple(sequence.job.ids[: sequence.computed + SHARED])
+        if len(sequence.key) == sequence.computed + SHARED:
+            self._leaders.setdefault(sequence.key, sequence)
 
     def _start(self, sequence: Sequence, cache: PrefixCache, tokens: int, full: bool) -> bool:
         """Take what the cache has of it, and slots for the rest; False where it has to wait for these."""
-        if full and sequence.job.reader:
-            return False
         prefix = cache.hold(sequence.ids[: sequence.asked])
         known = prefix.slots.size
         slots = None if full else cache.take(sequence.job.tokens - known)
@@ -158,15 +181,17 @@ class Schedule:
             sequence.prefix = self.cache.keep(sequence.prefix, sequence.ids[known:end], own)
             sequence.slots = np.concatenate((sequence.prefix.slots, sequence.slots[end:]))
 
-    def _release_followers(self, sequence: Sequence) -> None:
+    def _release_followers(self, sequence: Sequence, computed: int | None = None) -> None:
+        """It leads no more. Those that share more than `computed` of it go on waiting, where that is given."""
         if self._leaders.get(sequence.key) is sequence:
             del self._leaders[sequence.key]
-        for follower in sequence.followers:
+        released = [each for each in sequence.followers if computed is None or each.shared <= computed]
+        for follower in released:
             follower.leader = None
-        if sequence.followers:
-            both = sequence.followers | self._waiting
+            del sequence.followers[follower]
+        if released:
+            both = {**dict.fromkeys(released), **self._waiting}
             self._waiting = dict.fromkeys(sorted(both, key=lambda each: each.arrived))
-            sequence.followers = {}
 
     def _pads_too_much(self, batch: Batch, piece: Piece) -> bool:
         if self._variant.cached:

@@ -43,6 +43,7 @@ class Job:
     top_k: int = 0
     reader: Reader | None = None
     max_tokens: int = 0
+    bytes: int = 0  # that the reader keeps, at most
 
     @property
     def tokens(self) -> int:
@@ -82,10 +83,9 @@ class Waiter:
             future.set_result(done)
 
     def fail(self, error: Exception) -> None:
-        if not self.first.done():
-            self.first.set_exception(error)
-        elif not self.result.done():
-            self.result.set_exception(error)
+        for future in {self.first, self.result}:
+            if not future.done():
+                future.set_exception(error)
 
 
 @dataclass(eq=False)
@@ -109,6 +109,7 @@ class Sequence:
     key: tuple[int, ...] = ()  # the first tokens of it that others wait for instead of computing them too
     followers: dict[Sequence, None] = field(default_factory=dict)  # those who do
     leader: Sequence | None = None  # whom it waits for
+    shared: int = 0  # until so many of its tokens are computed
 
     @classmethod
     def of(cls, waiter: Waiter) -> Sequence:

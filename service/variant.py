@@ -157,7 +157,7 @@ class Variant:
         if longest := max(piece.past.size for piece in pieces):
             feeds[bundle.PAST] = pool
             feeds[bundle.PAST_LENGTHS] = np.array([piece.past.size for piece in pieces])
-            feeds[bundle.PAST_SLOTS] = past = np.zeros((len(pieces), longest), np.int64)
+            feeds[bundle.PAST_SLOTS] = past = np.zeros((len(pieces), longest), np.int64)  # slot 0 is nobody's
             for slots, piece in zip(past, pieces, strict=True):
                 slots[: piece.past.size] = piece.past
         # The graph gives each piece's last row by itself; where more are asked, that one is asked with them, so that

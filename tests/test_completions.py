@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from service.app import create_app
-from service.completions import complete
+from service.completions import ENTRY_BYTES, complete, prepare
 from service.completions_schema import CompletionAnswer, CompletionRequest
 from service.detokenizer import Detokenizer
 from service.engine import Done, Rows
@@ -800,7 +800,9 @@ def test_streamed_is_what_is_answered(client: TestClient, prompt, max_tokens, **
         (422, "less than or equal to 1", {"min_p": 2}),
         (422, "17 choices; one request may ask for 16", {"n": 17}),
         (422, "are 18 choices", {"n": 2, "prompt": ["a"] * 9}),
-        (422, "choices", {"n": 10**30}),
+        (422, "are 2048 choices", {"n": 1024, "prompt": ["a", "b"]}),
+        (422, "less than or equal to 1048576; got 1000000", {"n": 10**30}),
+        (422, "less than or equal to 1048576", {"n": 10**4299, "prompt": ["a"] * 9}),
         (422, "greater than or equal to 1", {"n": 0}),
         (422, "best_of 3 is not n 2", {"n": 2, "best_of": 3}),
         (422, "less than", {"seed": 1 << 63}),
@@ -978,3 +980,22 @@ def test_the_curl_line_of_the_readme_answers(client: TestClient) -> None:
     *chunks, usage = streamed(client, **json.loads(body))
     assert joined(chunks)[0]["finish_reason"] in ("stop", "length")
     assert usage["usage"]["completion_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "entries"),
+    [
+        ({}, 0),
+        ({"logprobs": 0}, 8),
+        ({"logprobs": 3, "logprob_token_ids": [1, 2]}, 40),
+        ({"logprobs": 3, "echo": True}, 33),
+    ],
+)
+def test_a_choice_says_what_its_log_probabilities_take(
+    client: TestClient, fields: dict[str, Any], entries: int
+) -> None:
+    """Of 8 tokens, and 3 of the prompt where they are listed."""
+    service = client.app.state.service
+    asked = CompletionRequest(model="gelu", prompt=[5, 6, 7], max_tokens=8, n=2, **fields)
+    completing = asyncio.run(prepare(asked, service.library, service.settings))
+    assert [job.bytes for job in completing.jobs(lambda *_: None)] == [ENTRY_BYTES * entries] * 2

@@ -104,7 +104,7 @@ def test_the_memory_is_shared_out(size: int, slots: list[int]) -> None:
     caches = prefix_caches(variants, size)
     assert [cache.slots for cache in caches.values()] == slots
     assert all(
-        cache.pool.shape == (*variant.pool_shape[:1], cache.slots, variant.pool_shape[1])
+        cache.pool.shape == (*variant.pool_shape[:1], cache.slots + 1, variant.pool_shape[1])
         for variant, cache in caches.items()
     )
 
@@ -200,3 +200,13 @@ def test_it_is_the_naive_one(slots: int, steps: list[tuple[Ids, int, int]]) -> N
             assert cache.matched(cached) == len(cached)
         for prefix, before, _, _ in begun:
             check(prefix, before)
+
+
+def test_the_slot_of_padding_is_nobodys() -> None:
+    """What is not finite in it would be in every shorter past's sums."""
+    cache = PrefixCache(1, 20, 1)
+    slots = cache.take(20)
+    assert slots is not None
+    assert sorted(slots) == list(range(1, 21))
+    cache.pool[:, slots] = np.nan
+    assert not cache.pool[:, 0].any()

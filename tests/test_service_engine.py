@@ -289,6 +289,18 @@ def test_the_queue_is_priced_in_tokens_and_in_memory(priced: dict[str, int], pri
     play(scene, **priced)
 
 
+def test_what_readers_keep_is_priced() -> None:
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        first = await start(engine, [Job(variant, [1], reader=Counting(3), max_tokens=3, bytes=600)])
+        with pytest.raises(ApiError, match="600 bytes") as refused:
+            await engine.run([Job(variant, [2], reader=Counting(3), max_tokens=3, bytes=500)])
+        assert refused.value.status_code == 429
+        await first
+        await engine.run([Job(variant, [2], reader=Counting(3), max_tokens=3, bytes=500)])
+
+    play(scene, slots=CONTEXT, max_queue_bytes=1000)
+
+
 def test_when_to_come_back_is_computed_from_what_waits_and_how_fast_it_goes() -> None:
     async def scene(engine: Engine, variant: Gated, log: Log) -> None:
         first = await hold(engine, variant, log)
@@ -302,6 +314,19 @@ def test_when_to_come_back_is_computed_from_what_waits_and_how_fast_it_goes() ->
         assert engine._token_s < 0.2, "it is measured again"
 
     play(scene, max_queue=1)
+
+
+@pytest.mark.parametrize(("wide", "share"), [(True, 1), (False, 4)])
+def test_a_batch_on_all_lanes_is_not_one_of_several(wide: bool, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four lanes that take a second each for 10 tokens, a token takes 25 ms; of all as one, 100."""
+    seconds = itertools.count()
+    monkeypatch.setattr("service.engine.perf_counter", lambda: next(seconds))
+
+    async def scene(engine: Engine, _: Gated, log: Log) -> None:
+        await engine.run([job(Gated("b", log, wide=wide), 10)])
+        assert engine._token_s == pytest.approx(0.1 * 1 / 10 / share), "the first of a moving average"
+
+    play(scene, lanes=4)
 
 
 def test_a_caller_that_left_is_dropped_from_the_queue() -> None:
@@ -393,6 +418,41 @@ def test_the_deadline_is_for_the_first_rows() -> None:
     play(scene, slots=CONTEXT, timeout_s=0.2)
 
 
+def test_a_request_whose_first_choices_go_on_is_not_late() -> None:
+    """The later ones wait for slots that these hold."""
+
+    class Slow(Counting):
+        def read(self, rows: Rows) -> int | None:
+            threading.Event().wait(0.001)
+            return super().read(rows)
+
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        readers = [Slow(200) for _ in range(3)]
+        await engine.run([Job(variant, [n], reader=reader, max_tokens=900) for n, reader in enumerate(readers)])
+        assert [len(reader.seen) for reader in readers] == [201] * 3
+
+    play(scene, slots=CONTEXT, timeout_s=0.1)
+
+
+def test_what_one_choice_raises_ends_the_request_at_once() -> None:
+    """Also before another one had a row, or a later row of its own."""
+
+    class Fails(Counting):
+        def read(self, rows: Rows) -> int | None:
+            if len(self.seen) == 5:
+                raise ValueError("cannot be read")
+            return super().read(rows)
+
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        readers = [Counting(800), Fails(800), Counting(1)]
+        with pytest.raises(ValueError, match="cannot be read"):
+            await engine.run([Job(variant, [n], reader=reader, max_tokens=450) for n, reader in enumerate(readers)])
+        assert len(readers[0].seen) < 20
+        assert not readers[2].seen
+
+    play(scene, slots=CONTEXT)
+
+
 def test_a_batch_that_fails_fails_its_requests_only() -> None:
     async def scene(engine: Engine, variant: Gated, log: Log) -> None:
         broken_one, cache = Gated("broken", [], cached=True), PrefixCache(1, CONTEXT, 1)
@@ -409,6 +469,36 @@ def test_a_batch_that_fails_fails_its_requests_only() -> None:
         assert cache.used == 0, "it gave its slots back, and those that waited for it too"
 
     play(scene)
+
+
+@pytest.mark.parametrize("step", ["next_batch", "computed"])
+def test_a_defect_of_ours_fails_all_that_wait(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and the service says that it does not serve any more."""
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        seen: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: seen.append(context["exception"]))
+        first = await hold(engine, variant, log)
+        waits = await start(engine, [job(variant, 250), Job(variant, [1], reader=Counting(5), max_tokens=5)])
+        same = await start(engine, [job(variant, 3, first=7)])
+        also = await start(engine, [job(variant, 3, first=7)])
+        monkeypatch.setattr(engine._schedules[variant], step, breaks)
+        variant.gate.set()
+        found = await asyncio.wait_for(asyncio.gather(first, waits, same, also, return_exceptions=True), LIMIT_S / 4)
+        assert isinstance(found[0], RuntimeError) == (step == "computed"), "its batch was over before the next one"
+        assert [str(error) for error in found[1:]] == ["a defect"] * 3
+        assert [str(error) for error in seen] == ["a defect"]
+        assert not engine.serving
+        assert engine.waiting == 0
+        with pytest.raises(ApiError) as refused:
+            await engine.run([job(variant, 1)])
+        assert refused.value.status_code == 503
+        engine._caches.clear()  # type: ignore[attr-defined]  # whose slots are lost
+
+    play(scene, slots=CONTEXT)
 
 
 def test_a_variant_that_gives_too_few_rows_fails_its_requests_only() -> None:

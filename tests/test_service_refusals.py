@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.app import create_app
+from service.errors import shown
 from service.schema import ErrorAnswer, NextTokenAnswer
 from service.settings import Settings
 from service.vocabulary import Vocabulary
@@ -275,3 +276,8 @@ def test_any_text_is_a_prompt(client: TestClient, prompt: str) -> None:
     else:
         message = refusal(response)["message"]
         assert "context" in message or "U+" in message
+
+
+@pytest.mark.parametrize("value", [10**4300, [10**9999]], ids=["alone", "in a list"])
+def test_a_number_of_any_length_can_be_shown(value: object) -> None:
+    assert "a number of more than 4300 digits" in shown(value)
