@@ -79,6 +79,13 @@ class Engine:
         with self._threads:
             await self._drained.wait()
 
+    def give_up(self) -> None:
+        """Fail whatever is still waited for: the service stops, and has waited for it as long as it may."""
+        error = ApiError("unavailable", "the service is stopping and waits no longer; ask another instance, or later")
+        for sequence in self._unfinished:
+            for waiter in sequence.waiters:
+                waiter.fail(error)
+
     @property
     def serving(self) -> bool:
         return self._open and not self._broken

@@ -31,6 +31,9 @@ PROMPT_TOKENS, PROMPT_ROWS = 1 / 8, 1
 # than another run.
 PADDING, FREE_PADDING = 1 / 8, 64
 
+# Scores of a head, where attention runs as standard operators over the longest of a batch: 4 MB, three at a time.
+MOST_SCORES = 1 << 20
+
 Batch = list[tuple[Sequence, Piece]]
 
 
@@ -194,8 +197,10 @@ class Schedule:
             self._waiting = dict.fromkeys(sorted(both, key=lambda each: each.arrived))
 
     def _pads_too_much(self, batch: Batch, piece: Piece) -> bool:
+        pieces = [*(each for _, each in batch), piece]
+        lengths = [len(each.ids) for each in pieces]
         if self._variant.cached:
-            return False
-        lengths = [len(each.ids) for each in (*(each for _, each in batch), piece)]
+            keys = max(lengths) + max(each.past.size for each in pieces)
+            return self._variant.pads and len(pieces) * max(lengths) * keys > MOST_SCORES
         padded = max(lengths) * len(lengths)
         return padded > self._max_tokens or padded - sum(lengths) > max(PADDING * sum(lengths), FREE_PADDING)

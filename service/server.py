@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import signal
 import socket
@@ -13,7 +14,7 @@ import uvicorn
 from service.app import Service, create_app
 from service.settings import Settings
 
-DRAIN_S = 5  # past a request's longest wait, so that the last is answered 408 and not cut off
+DRAIN_S = 5  # past a request's longest wait, when what still generates is given up: so long to say so
 
 
 class _Server(uvicorn.Server):
@@ -27,6 +28,11 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started and sockets:
             _announce(self._service, sockets[0].getsockname()[1])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Before uvicorn cuts off what is still answered, the engine ends it with an error that clients can read."""
+        asyncio.get_running_loop().call_later(self._service.settings.timeout_s, self._service.engine.give_up)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.draining = True

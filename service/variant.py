@@ -123,6 +123,11 @@ class Variant:
         return self._past is not None
 
     @property
+    def pads(self) -> bool:
+        """Whether memory goes by the longest prompt of a batch: attention has no kernel that takes them as they are."""
+        return self.audit.attention != "fused"
+
+    @property
     def pool_shape(self) -> tuple[int, int] | None:
         """L and W of its pool [L, S, W]; None where it has none, or would have to be copied to a device each time."""
         return (self._past.shape[0], self._past.shape[2]) if self.cached and self.provider == CPU else None

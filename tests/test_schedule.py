@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from service.prefix_cache import PrefixCache
-from service.schedule import BATCH_ROW_BYTES, Schedule
+from service.schedule import BATCH_ROW_BYTES, MOST_SCORES, Schedule
 from service.sequence import Job, Sequence, Waiter
 from service.variant import Piece
 
@@ -18,8 +18,8 @@ class Shape:
 
     context = 1000
 
-    def __init__(self, cached: bool, rows: int = 1000) -> None:
-        self.cached, self.row_bytes = cached, BATCH_ROW_BYTES // rows
+    def __init__(self, cached: bool, rows: int = 1000, pads: bool = False) -> None:
+        self.cached, self.row_bytes, self.pads = cached, BATCH_ROW_BYTES // rows, pads
 
     def tokens_of(self, piece: Piece) -> int:
         return len(piece.ids)
@@ -142,3 +142,14 @@ def test_a_prompt_waits_for_what_it_shares_and_no_longer() -> None:
     assert list(begun.values()) == [0, 1, 3, 9]
     assert list(begun) == [leads, short, long, longest]
     assert [sequence.cached for sequence in begun] == [0, 16, 250, 899]
+
+
+def test_where_attention_pads_a_batch_keeps_to_so_many_scores() -> None:
+    """One long prompt beside many short ones would make each as long."""
+    for pads, most in ((False, 31), (True, 16)):
+        schedule = Schedule(Shape(cached=True, pads=pads), None, 10_000)
+        schedule.add(sequence_of(schedule._variant, [1] * 250))
+        for n in range(30):
+            schedule.add(sequence_of(schedule._variant, [n]))
+        assert len(schedule.next_batch(1)) == most
+    assert MOST_SCORES // 250**2 == 16

@@ -29,6 +29,7 @@ class Gated:
     """
 
     context = CONTEXT
+    pads = False
 
     def __init__(self, name: str, log: Log, wide: bool = False, cached: bool = False, row_bytes: int = 1) -> None:
         self.name, self.cached, self.row_bytes = name, cached, row_bytes
@@ -368,6 +369,22 @@ def test_a_caller_that_leaves_in_mid_generation_is_counted() -> None:
         await until(lambda: not engine._unfinished)
         assert engine.metrics._dropped.labels("client_gone")._value.get() == 1
         assert len(reader.seen) < 50
+
+    play(scene, slots=CONTEXT)
+
+
+def test_what_still_generates_is_given_up_in_words() -> None:
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        reader = Counting(900)
+        task = await start(engine, [Job(variant, [1], reader=reader, max_tokens=900)])
+        await until(lambda: len(reader.seen) > 3)
+        engine.give_up()
+        await asyncio.wait([task])
+        error = task.exception()
+        assert isinstance(error, ApiError)
+        assert error.kind == "unavailable"
+        await until(lambda: not engine._unfinished)
+        assert len(reader.seen) < 900
 
     play(scene, slots=CONTEXT)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import psutil
@@ -238,6 +240,25 @@ def test_draining_outlasts_the_longest_wait(bundles: Path, monkeypatch: pytest.M
     with socket.socket() as listener:
         serve_until_stopped(Settings(bundles=bundles, provider="cpu", threads=1, timeout_s=7), listener)
     assert configs[0].timeout_graceful_shutdown > 7 + 1
+
+
+def test_draining_gives_up_what_still_generates_before_it_is_cut_off(
+    bundles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers: list[Any] = []
+    monkeypatch.setattr("service.server._Server.run", lambda server, _: servers.append(server))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with socket.socket() as listener:
+        serve_until_stopped(Settings(bundles=bundles, provider="cpu", threads=1, timeout_s=0.05), listener)
+    given_up: list[float] = []
+    monkeypatch.setattr(servers[0]._service.engine, "give_up", lambda: given_up.append(time.monotonic()))
+
+    async def shut_down(server: uvicorn.Server, sockets: Any = None) -> None:
+        while not given_up:
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr("uvicorn.Server.shutdown", shut_down)
+    asyncio.run(asyncio.wait_for(servers[0].shutdown(), 10))
 
 
 def test_a_client_that_hangs_up_is_dropped_from_the_queue(bundles: Path) -> None:
