@@ -48,7 +48,13 @@ class Choice:
     """One completion of one prompt: the engine's Reader, which puts out pieces."""
 
     def __init__(
-        self, asked: CompletionRequest, variant: Variant, prompt: Prompt, number: int, put: Callable[[Piece], None]
+        self,
+        asked: CompletionRequest,
+        sampling: Sampling,
+        variant: Variant,
+        prompt: Prompt,
+        number: int,
+        put: Callable[[Piece], None],
     ) -> None:
         vocabulary, last = variant.vocabulary, len(prompt.ids) - 1
         self.first = 0 if asked.echo and asked.lists_logprobs else last
@@ -64,13 +70,11 @@ class Choice:
         finish = asked.echo and prompt.given_as_ids
         self._detokenizer = Detokenizer(vocabulary, prompt.ids, finish=finish)
         self._hidden = vocabulary.special_ids if asked.skip_special_tokens else frozenset()
-        self._ends = ends_of(asked, variant)
+        self._ends = sampling.ends
         self._sampler = Sampler(
-            _sampling(asked),
+            sampling,
             variant.manifest.vocab_size,
             prompt.ids,
-            self._ends,
-            asked.min_tokens,
             np.random.default_rng(None if asked.seed is None else [asked.seed % (1 << 64), prompt.index, number]),
         )
         self._listing: Listing | None = None
@@ -151,7 +155,8 @@ def ends_of(asked: CompletionRequest, variant: Variant) -> set[int]:
     return {*asked.stop_token_ids} | ({eos} if eos is not None and not asked.ignore_eos else set())
 
 
-def _sampling(asked: CompletionRequest) -> Sampling:
+def sampling_of(asked: CompletionRequest, variant: Variant) -> Sampling:
+    """What all choices of a request have in common."""
     return Sampling(
         temperature=asked.temperature,
         min_p=asked.min_p,
@@ -161,4 +166,6 @@ def _sampling(asked: CompletionRequest) -> Sampling:
         frequency_penalty=asked.frequency_penalty,
         presence_penalty=asked.presence_penalty,
         logit_bias=asked.logit_bias,
+        ends=ends_of(asked, variant),
+        min_tokens=asked.min_tokens,
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from service.choice import Choice, Piece, Prompt, ends_of
+from service.choice import Choice, Piece, Prompt, ends_of, sampling_of
 from service.completions_schema import CompletionRequest
 from service.detokenizer import Detokenizer
 from service.engine import Done, Engine, Job
@@ -62,7 +62,7 @@ class Completing:
 
     def jobs(self, put: Callable[[int, Piece], None]) -> list[Job]:
         """One for each choice, whose pieces are `put` with its index."""
-        jobs = []
+        jobs, sampling = [], sampling_of(self.asked, self.variant)
         for prompt in self.prompts:
             for number in range(self.asked.n):
                 index = prompt.index * self.asked.n + number
@@ -70,7 +70,7 @@ class Completing:
                 def put_its(piece: Piece, index: int = index) -> None:
                     put(index, piece)
 
-                choice = Choice(self.asked, self.variant, prompt, number, put_its)
+                choice = Choice(self.asked, sampling, self.variant, prompt, number, put_its)
                 size = ENTRY_BYTES * _each(self.asked) * _places(self.asked, [prompt])
                 # The last token that is generated need not be computed.
                 most = max(0, self.asked.max_tokens - 1)

@@ -999,3 +999,14 @@ def test_a_choice_says_what_its_log_probabilities_take(
     asked = CompletionRequest(model="gelu", prompt=[5, 6, 7], max_tokens=8, n=2, **fields)
     completing = asyncio.run(prepare(asked, service.library, service.settings))
     assert [job.bytes for job in completing.jobs(lambda *_: None)] == [ENTRY_BYTES * entries] * 2
+
+
+def test_the_choices_of_a_request_share_what_they_have_in_common(client: TestClient) -> None:
+    """A thousand ends and biases would take the event loop 0.2 ms for each choice."""
+    service = client.app.state.service
+    fields: dict[str, Any] = {"logit_bias": {"4": 1, "5": -1}, "stop_token_ids": [6, 7], "min_tokens": 2}
+    asked = CompletionRequest(model="gelu", prompt=[5, 6, 7], n=16, **fields)
+    jobs = asyncio.run(prepare(asked, service.library, service.settings)).jobs(lambda *_: None)
+    assert len(jobs) == 16
+    first, *others = (job.reader._sampler._sampling for job in jobs)
+    assert all(other is first for other in others)

@@ -18,7 +18,8 @@ logit_rows = st.lists(
 
 
 def sampler(vocab_size: int = V, *, seed: int = 0, ends=(), min_tokens: int = 0, prompt=(), **asked) -> Sampler:
-    return Sampler(Sampling(**asked), vocab_size, prompt, ends, min_tokens, np.random.default_rng(seed))
+    sampling = Sampling(**asked, ends=ends, min_tokens=min_tokens)
+    return Sampler(sampling, vocab_size, prompt, np.random.default_rng(seed))
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
