@@ -25,8 +25,8 @@ SHARED = 16
 # Up to so many tokens a run takes as long as it takes to read the weights, and two lanes would read them twice: 8
 # sequences that generate, at 14M parameters in fp32, 290 tokens/s together and 187 in two lanes.
 LANE_TOKENS = 32
-# Of a batch, the part that those that generate leave to a prompt: a share of its tokens, and a row.
-PROMPT_TOKENS, PROMPT_ROWS = 1 / 8, 1
+# Of a batch's tokens and rows, what those that generate leave to prompts; of the rows no more than there are prompts.
+PROMPT_SHARE = 1 / 8
 # Padding that a batch may have, where the graph does not drop it: a share of its tokens, or so many, which cost less
 # than another run.
 PADDING, FREE_PADDING = 1 / 8, 64
@@ -45,7 +45,8 @@ class Schedule:
         self._variant = variant
         self._max_tokens = max(2, max_batch_tokens)  # one that is generated, and one of a prompt
         self._max_rows = max(2, BATCH_ROW_BYTES // variant.row_bytes)
-        self._prompt_tokens = math.ceil(PROMPT_TOKENS * self._max_tokens)
+        self._prompt_tokens = math.ceil(PROMPT_SHARE * self._max_tokens)
+        self._prompt_rows = math.ceil(PROMPT_SHARE * self._max_rows)
         self._full = False  # whether some found no slots for the last batch
         # Each in the order of arrival; what is in a batch, or follows another, is in none of them.
         self._generating: dict[Sequence, None] = {}
@@ -89,11 +90,11 @@ class Schedule:
         most = max(1, math.ceil(len(able) / lanes)) if tokens > LANE_TOKENS else len(ready)
         batch: Batch = []
         tokens, rows, full = self._max_tokens, self._max_rows, False
-        prompts = len(able) > len(self._generating)
+        prompt_rows = min(self._prompt_rows, len(able) - len(self._generating))
         for sequence in ready:
             if len(batch) == most or tokens <= 0 or rows <= 0:
                 break
-            if prompts and sequence in self._generating and (tokens <= self._prompt_tokens or rows <= PROMPT_ROWS):
+            if prompt_rows and sequence in self._generating and (tokens <= self._prompt_tokens or rows <= prompt_rows):
                 continue
             if self.cache and not sequence.prefix:
                 if full and sequence.job.reader:

@@ -92,6 +92,7 @@ def test_those_that_generate_leave_some_of_a_batch_to_a_prompt(rows: int, tokens
     batch = schedule.next_batch(1)
     assert batch[0][0].prefilled
     assert next(sequence for sequence, _ in batch if not sequence.prefilled) is prompts[0], "which waits for longest"
+    assert rows != 55 or [sequence.prefilled for sequence, _ in batch] == [True] * 52 + [False] * 3
 
 
 @pytest.mark.parametrize(("slots", "sizes"), [(1000, [10, 0]), (4000, [20, 20])])
