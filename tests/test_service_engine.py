@@ -461,11 +461,11 @@ def test_what_one_choice_raises_ends_the_request_at_once() -> None:
             return super().read(rows)
 
     async def scene(engine: Engine, variant: Gated, log: Log) -> None:
-        readers = [Counting(800), Fails(800), Counting(1)]
+        readers = [Counting(800), Fails(800), Counting(800)]
         with pytest.raises(ValueError, match="cannot be read"):
             await engine.run([Job(variant, [n], reader=reader, max_tokens=450) for n, reader in enumerate(readers)])
         assert len(readers[0].seen) < 20
-        assert not readers[2].seen
+        assert len(readers[2].seen) < 20  # it may take the slots that the failed one gave back, before all are dropped
 
     play(scene, slots=CONTEXT)
 
