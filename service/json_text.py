@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -23,8 +24,26 @@ def dumps(value: Any) -> str:
         pieces = [_encode(dict(islice(items, AT_ONCE)))[1:-1] for _ in range(0, len(value), AT_ONCE)]
         return f"{{{','.join(pieces)}}}"
     if nested:
-        return f"[{','.join(map(dumps, value))}]"
+        return f"[{','.join(_runs(value))}]"
     return f"[{','.join(_encode(value[at : at + AT_ONCE])[1:-1] for at in range(0, len(value), AT_ONCE))}]"
+
+
+def _runs(items: list[Any]) -> Iterator[str]:
+    """The items of a list, so many at a time as have AT_ONCE entries."""
+    run: list[Any] = []
+    entries = 0
+    for item in items:
+        own = 1 + (_entries(item) if isinstance(item, dict | list) else 0)
+        if run and entries + own > AT_ONCE:
+            yield _encode(run)[1:-1]
+            run, entries = [], 0
+        if own > AT_ONCE:
+            yield dumps(item)
+        else:
+            run.append(item)
+            entries += own
+    if run:
+        yield _encode(run)[1:-1]
 
 
 def _entries(value: Any) -> int:

@@ -20,7 +20,7 @@ import pytest
 from fastapi.testclient import TestClient
 from tokenizers import Tokenizer
 
-from service import next_token
+from service import json_text
 from service.app import create_app
 from service.schema import NextTokenAnswer
 from service.settings import Settings
@@ -126,15 +126,15 @@ def _is_whole(client: TestClient, facts: dict[str, dict], monkeypatch: pytest.Mo
     asked = {"model": "*", "prompt": ["a", "if x"], "top_k": vocab_size, "tokens": list(range(256))}
     at_once = ask(client, **asked)["results"]
     pieces = []
-    dumps = next_token._dumps
-    monkeypatch.setattr(next_token, "ENTRIES_PER_DUMP", 7)
-    monkeypatch.setattr(next_token, "_dumps", lambda value: (pieces.append(value), dumps(value))[1])
+    encode = json_text._encode
+    monkeypatch.setattr(json_text, "AT_ONCE", 21)  # three entries of six fields
+    monkeypatch.setattr(json_text, "_encode", lambda value: (pieces.append(value), encode(value))[1])
     in_pieces = ask(client, **asked)["results"]
     NextTokenAnswer.model_validate(ask(client, **asked), strict=True)
     for one, other in zip(at_once, in_pieces, strict=True):
         assert list(one) == list(other)
         assert {**one, "timing_ms": 0} == {**other, "timing_ms": 0}
-    assert max(len(piece) for piece in pieces if isinstance(piece, list)) == 7
+    assert max(json_text._entries(piece) for piece in pieces if isinstance(piece, list)) == 21
 
 
 def test_an_unsafe_request_id_is_replaced(client: TestClient) -> None:
