@@ -133,8 +133,9 @@ def chart(drawn: go.Figure, name: str) -> str:
     return str(drawn.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=_CONFIG))
 
 
-def card(title: str, said: str, inside: str) -> str:
-    return f'<section class="card"><h2>{html.escape(title)}</h2><p>{html.escape(said)}</p>{inside}</section>'
+def card(title: str, said: str, inside: str, wide: bool = False) -> str:
+    css = "card whole" if wide else "card"
+    return f'<section class="{css}"><h2>{html.escape(title)}</h2><p>{html.escape(said)}</p>{inside}</section>'
 
 
 def notes(said: Sequence[str], css: str = "notes") -> str:
@@ -159,10 +160,13 @@ def about(facts: Mapping[str, str]) -> str:
     return "".join(f"<dt>{html.escape(name)}</dt><dd>{said}</dd>" for name, said in facts.items())
 
 
-def page(*, kind: str, headline: str, lead: str, top: str, cards: Sequence[str], facts: Mapping[str, str]) -> str:
-    """The whole file. `top` stands above the cards; `top`, `cards` and `facts` are HTML already."""
+def page(
+    *, kind: str, headline: str, lead: str, top: str, cards: Sequence[str], facts: Mapping[str, str], alarm: str = ""
+) -> str:
+    """The whole file. `alarm` stands above everything, `top` above the cards; these, `cards` and `facts` are HTML."""
     return string.Template(_PAGE.read_text(encoding="utf-8")).substitute(
         kind=html.escape(kind),
+        alarm=alarm,
         headline=html.escape(headline),
         lead=html.escape(lead),
         top=top,
