@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import polars as pl
 from loadtest import page
 from loadtest.compare.frontier import Point
 from loadtest.compare.words import AGAIN, medians, name_of, percent, whole
-from loadtest.page import GREY, colour, figure, line, log_ticks
+from loadtest.page import GREY, colour, figure, log_ticks
 
 # By outcome: red costs, green saves, blue is the same, grey is not known. Shapes tell them apart without the colour.
 OUTCOMES = {
@@ -31,21 +32,29 @@ def in_percent(ratio: float) -> float:
     return (ratio - 1) * 100
 
 
-def forest(result: Mapping[str, Any]) -> go.Figure:
-    """Each arm's ratio of p50 with its interval, slowest on top, the A/A arm last; the margin is shaded."""
-    drawn = figure(f"p50 over {result['baseline']}, %", "", hovermode="closest")
-    arms = [arm for arm in result["arms"] if arm["model"] != result["baseline"] and arm["p50"]]
+Rows = Sequence[tuple[str, Mapping[str, Any]]]  # (arm, {"ratio", "low", "high"})
+
+
+def forest(found: Mapping[str, Any], x_title: str) -> go.Figure:
+    """Each arm's ratio of p50 with its interval, largest on top, the A/A arm last; the margin is shaded.
+
+    `found` is a verdict, or what `against.compare` found.
+    """
+    drawn = figure(x_title, "", hovermode="closest")
+    arms = [arm for arm in found["arms"] if arm["model"] != found["baseline"] and arm["p50"]]
     arms.sort(key=lambda arm: -arm["p50"]["ratio"])
-    again = name_of(result["baseline"] + AGAIN)
-    names = [*(arm["model"] for arm in arms), again]
-    margin = result["margin"] * 100
-    drawn.add_vrect(x0=-margin, x1=margin, fillcolor=BAND, line_width=0, layer="below")
+    check = name_of(found["baseline"] + AGAIN)
+    names = [*(arm["model"] for arm in arms), check]
+    margin = found["margin"]
+    drawn.add_vrect(
+        x0=in_percent(1 / (1 + margin)), x1=in_percent(1 + margin), fillcolor=BAND, line_width=0, layer="below"
+    )
     drawn.add_vline(x=0, line={"color": GREY, "width": 1})
     for outcome, (paint, symbol) in OUTCOMES.items():
         rows = [(arm["model"], arm["p50"]) for arm in arms if arm["outcome"] == outcome]
         if rows:
             _whiskers(drawn, rows, outcome, paint, symbol, size=12)
-    _whiskers(drawn, [(again, result["aa"])], "A/A check", GREY, "diamond", size=11)
+    _whiskers(drawn, [(check, found["aa"])], "A/A check", GREY, "diamond", size=11)
     infer = [(arm["model"], arm["infer"]) for arm in arms if (arm.get("infer") or {}).get("ratio") is not None]
     if infer:
         _whiskers(drawn, infer, "server's infer alone", GREY, "line-ns-open", size=9, thin=True)
@@ -55,15 +64,7 @@ def forest(result: Mapping[str, Any]) -> go.Figure:
     return drawn
 
 
-def _whiskers(
-    drawn: go.Figure,
-    rows: Sequence[tuple[str, Mapping[str, Any]]],
-    name: str,
-    paint: str,
-    symbol: str,
-    size: int,
-    thin: bool = False,
-) -> None:
+def _whiskers(drawn: go.Figure, rows: Rows, name: str, paint: str, symbol: str, size: int, thin: bool = False) -> None:
     middle = [in_percent(measure["ratio"]) for _, measure in rows]
     drawn.add_scatter(
         x=middle,
@@ -153,6 +154,7 @@ def _steps(low: float, high: float) -> list[float]:
 
 def _places(points: Sequence[Point], x_range: Sequence[float], y_range: Sequence[float]) -> list[str]:
     """Where each name stands: the first side on which it covers neither another point nor a name."""
+
     def across(ratio: float) -> float:
         return (in_percent(ratio) - x_range[0]) / (x_range[1] - x_range[0])
 
@@ -162,6 +164,9 @@ def _places(points: Sequence[Point], x_range: Sequence[float], y_range: Sequence
     spots = [(across(point.ratio), up(point.bits)) for point in points]
     boxes: list[tuple[float, ...]] = [(x - 0.012, y - 0.02, x + 0.012, y + 0.02) for x, y in spots]
     boxes += [(across(p.low), y - 0.008, across(p.high), y + 0.008) for p, (_, y) in zip(points, spots, strict=True)]
+    best = [spot for point, spot in zip(points, spots, strict=True) if point.best]
+    for (x, y), (next_x, next_y) in itertools.pairwise(best):  # the staircase
+        boxes += [(x, y - 0.004, next_x, y + 0.004), (next_x - 0.004, next_y, next_x + 0.004, y)]
     places = []
     for point, spot in zip(points, spots, strict=True):
         sides = {side: _box(side, spot, len(point.model)) for side in SIDES}

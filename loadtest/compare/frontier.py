@@ -36,11 +36,16 @@ def points(run: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[list[Poin
         )
     texts = {quality["corpus_sha256"] for quality in qualities.values()}
     if len(texts) > 1:
-        return [], "The variants' bits per byte are of different held-out texts, so they cannot be set beside each other."
+        return (
+            [],
+            "The variants' bits per byte are of different held-out texts, so they cannot be set beside each other.",
+        )
     if len(qualities) == 1:
         return [], f"Only {next(iter(qualities))}'s quality is known; a frontier needs at least two."
     found = [_point(model, measured[model], quality) for model, quality in qualities.items()]
-    return [replace(each, best=not any(_beats(other, each) for other in found)) for each in sorted(found, key=_place)], ""
+    return [
+        replace(each, best=not any(_beats(other, each) for other in found)) for each in sorted(found, key=_place)
+    ], ""
 
 
 def _place(point: Point) -> tuple[float, float]:
@@ -84,10 +89,10 @@ def table(found: list[Point], baseline: str, baseline_ms: float | None) -> Table
     for point in found:
         p50 = "-" if baseline_ms is None else f"{baseline_ms * point.ratio:.2f}"
         versus = percent(point.bits / bits[baseline]) if baseline in bits else "-"
-        latency = "baseline" if point.model == baseline else interval(
-            {"ratio": point.ratio, "low": point.low, "high": point.high}
+        latency = (
+            "baseline"
+            if point.model == baseline
+            else interval({"ratio": point.ratio, "low": point.low, "high": point.high})
         )
         rows.append((point.model, p50, latency, f"{point.bits:.4f}", versus, "yes" if point.best else ""))
-    return Table(
-        ("variant", "p50, ms", "latency", "bits per byte", "difference", "on the frontier"), tuple(rows)
-    )
+    return Table(("variant", "p50, ms", "latency", "bits per byte", "difference", "on the frontier"), tuple(rows))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from loadtest.page import ms
@@ -25,6 +26,21 @@ MEASURES = {
     "throughput": "answers/s",
     "cpu": "CPU/request",
     "memory": "memory",
+    "ttft": "first token",
+    "itl": "between tokens",
+}
+# The blocks' column of each, and its unit.
+COLUMNS = {
+    "p50": ("p50_ms", " ms"),
+    "p90": ("p90_ms", " ms"),
+    "p99": ("p99_ms", " ms"),
+    "mean": ("mean_ms", " ms"),
+    "infer": ("infer_ms", " ms"),
+    "throughput": ("requests_per_s", "/s"),
+    "cpu": ("cpu_ms", " ms"),
+    "memory": ("rss_mb", " MB"),
+    "ttft": ("ttft_ms", " ms"),
+    "itl": ("itl_ms", " ms"),
 }
 
 
@@ -55,14 +71,15 @@ def name_of(arm: str) -> str:
     return f"{arm.removesuffix(AGAIN)} (A/A)" if arm.endswith(AGAIN) else arm
 
 
-def load_of(design: Mapping[str, Any]) -> str:
+def load_of(run: Mapping[str, Any]) -> str:
     """The load in a few words."""
-    completions = design.get("completions")
-    what = f"completions of {completions} tokens" if completions else "next-token requests"
-    if design.get("rate"):
-        return f"{what}, {design['rate']:g} {design.get('arrivals', 'constant')} arrivals/s"
-    users = design.get("users") or 1
-    return f"{what}, {users} user{'s' if users > 1 else ''} in a closed loop"
+    design, tokens = run["design"], run["workload"].get("generated_tokens")
+    what = f"completions of {tokens['mean']:g} tokens" if tokens else "next-token requests"
+    if design["arrivals"] == "recorded":
+        return f"{what}, as recorded traffic came"
+    if design["rate"]:
+        return f"{what}, {design['rate']:g} {design['arrivals']} arrivals/s"
+    return f"{what}, {design['users']} user{'s' if design['users'] > 1 else ''} in a closed loop"
 
 
 def headline(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
@@ -71,11 +88,11 @@ def headline(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
 
 
 def lead(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    design, arms = run["design"], len(run["arms"])
+    design, arms, load = run["design"], len(run["arms"]), load_of(run)
     started = run["started"].replace("T", " ").replace("+00:00", " UTC")
     void = f", {result['void_rounds']} of them void" if result.get("void_rounds") else ""
     return (
-        f"{load_of(design)[0].upper()}{load_of(design)[1:]}; {result['rounds']} rounds{void}, each of one block of "
+        f"{load[0].upper()}{load[1:]}; {result['rounds']} rounds{void}, each of one block of "
         f"{design['block_s']:g} s on each of {arms} arms, in balanced order. {started}"
     )
 
@@ -102,9 +119,7 @@ def sentences(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def notes(run: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     """What a reader must know before trusting a figure."""
-    said = list(result.get("notes", []))
-    if result.get("unfinished"):
-        said.append(result["unfinished"])
+    said = list(result.get("said", []))
     facts = facts_of(run)
     for field, word in (("precision", "precision"), ("layers", "number of layers"), ("dim", "width C"),
                         ("vocab_size", "vocabulary"), ("context", "context"), ("provider", "provider"),
@@ -129,19 +144,12 @@ def facts_of(run: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {arm["model"]: arm["facts"] or {} for arm in run["arms"] if not arm["arm"].endswith(AGAIN)}
 
 
-def width(facts: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
+def width(facts: Mapping[str, Any]) -> str:
     """The hidden width H, and for a gated form whether it is the matched or the full one."""
     if not facts.get("hidden") or not facts.get("dim"):
         return "-"
     said = f"{facts['hidden']} = {facts['hidden'] / facts['dim']:.2g} C"
-    if facts.get("kind") != "gated":
-        return said
-    if facts["hidden"] == baseline.get("hidden") and baseline.get("kind") != "gated":
-        return f"{said}, full"
-    # Three matrices of C x H instead of two: as many weights at two thirds of 4 C, in whole vectors of 8 floats.
-    if abs(facts["hidden"] - 8 * facts["dim"] / 3) <= 8:
-        return f"{said}, matched"
-    return f"{said}, full" if facts["hidden"] == 4 * facts["dim"] else said
+    return f"{said}, {facts['gated_width']}" if facts.get("gated_width") else said
 
 
 def digests(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -152,14 +160,12 @@ def digests(facts: Mapping[str, Any]) -> dict[str, str]:
 def arms_table(result: Mapping[str, Any], blocks: pl.DataFrame) -> Table:
     """Every measure of every arm: the baseline as it is, the others as a difference from it."""
     measured = [name for name in MEASURES if any(_of(arm, name) for arm in result["arms"])]
-    columns = {"p50": "p50_ms", "p90": "p90_ms", "p99": "p99_ms", "mean": "mean_ms", "infer": "infer_ms",
-               "throughput": "requests_per_s", "cpu": "cpu_ms", "memory": "rss_mb"}  # fmt: skip
-    units = {"throughput": "/s", "memory": " MB"}
-    itself = medians(blocks, list(columns.values())).get(result["baseline"], {})
+    itself = medians(blocks, [column for column, _ in COLUMNS.values()]).get(result["baseline"], {})
 
     def absolute(name: str) -> str:
-        value = itself.get(columns[name])
-        return "-" if value is None else f"{value:.2f}{units.get(name, ' ms')}"
+        column, unit = COLUMNS[name]
+        value = itself.get(column)
+        return "-" if value is None else f"{value:.2f}{unit}"
 
     rows = [(result["baseline"], "baseline", *(absolute(name) for name in measured))]
     rows += [
@@ -189,9 +195,8 @@ def whole(blocks: pl.DataFrame) -> pl.DataFrame:
     return blocks.filter(~pl.col("round").is_in(void.implode()))
 
 
-def facts_table(run: Mapping[str, Any], result: Mapping[str, Any]) -> Table:
+def facts_table(run: Mapping[str, Any]) -> Table:
     facts = facts_of(run)
-    baseline = facts.get(result["baseline"], {})
     rows = []
     for model, each in facts.items():
         sha256 = digests(each).get("model.onnx", "")
@@ -200,7 +205,7 @@ def facts_table(run: Mapping[str, Any], result: Mapping[str, Any]) -> Table:
         size = f"{each['bytes'] / 1e6:.1f} MB" if each.get("bytes") else ""
         rows.append((
             model, str(each.get("activation", "-")), str(each.get("precision", "-")), parameters, size, shape,
-            width(each, baseline), str(each.get("vocab_size", "-")), str(each.get("context", "-")),
+            width(each), str(each.get("vocab_size", "-")), str(each.get("context", "-")),
             sha256[:DIGEST] or "-",
         ))  # fmt: skip
     headings = ("variant", "activation", "precision", "parameters", "size", "layers × C", "hidden", "V", "context",
@@ -209,23 +214,35 @@ def facts_table(run: Mapping[str, Any], result: Mapping[str, Any]) -> Table:
     return Table(tuple(headings[i] for i in kept), tuple(tuple(row[i] or "-" for i in kept) for row in rows))
 
 
-def widths(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """One sentence on the width of gated forms, or nothing where there are none."""
-    facts = facts_of(run)
-    baseline = facts.get(result["baseline"], {})
-    told = {model: width(each, baseline) for model, each in facts.items() if each.get("kind") == "gated"}
+def widths(run: Mapping[str, Any]) -> str:
+    """What matched and full width mean, or nothing where no form is gated."""
+    told = {model: each["gated_width"] for model, each in facts_of(run).items() if each.get("gated_width")}
     if not told:
         return ""
-    said = [f"{model} has H = {words}" for model, words in told.items()]
+    kinds = set(told.values())
+    whose = f"at {kinds.pop()} width" if len(kinds) == 1 else ", ".join(f"{m} at {kind}" for m, kind in told.items())
     return (
-        f"Gated forms have three matrices where others have two: {'; '.join(said)}. Matched width has as many weights "
-        "as an ungated block of 4 C, full width half as many again."
+        f"Gated forms ({', '.join(told)}) are {whose}. They have three matrices where others have two: at matched "
+        "width, 8/3 C, as many weights as an ungated block of 4 C; at full width, 4 C, half as many again."
     )
 
 
-def quantiles_table(latencies: Mapping[str, Any]) -> Table:
-    import numpy as np
+def workload(run: Mapping[str, Any]) -> str:
+    facts = run["workload"]
+    prompts, generated = facts.get("prompt_tokens"), facts.get("generated_tokens")
+    said = [f"{facts['source']}: {facts['requests']} requests, sent as {facts['sent_as']}"]
+    said += [f"prompts of {_spread(prompts)} tokens"] if prompts else []
+    said += [f"{_spread(generated)} tokens generated"] if generated else []
+    cold = "cold: no prompt begins as one before" if facts["cache"] == "cold" else "warm: each was computed before"
+    said.append(f"the server's prefix cache {cold}")
+    return "; ".join(said)
 
+
+def _spread(of: Mapping[str, float]) -> str:
+    return f"{of['min']:g}" if of["min"] == of["max"] else f"{of['min']:g} to {of['max']:g} (mean {of['mean']:g})"
+
+
+def quantiles_table(latencies: Mapping[str, np.ndarray]) -> Table:
     shares = (50, 90, 99, 99.9, 100)
     rows = [
         (name_of(arm), f"{len(values)}", *(ms(float(q)) for q in np.percentile(values, shares)))
