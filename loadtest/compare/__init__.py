@@ -1,0 +1,1 @@
+"""`actuary compare`: variants under load in blocks that stand close together, judged with statistics."""
