@@ -15,12 +15,11 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from loadtest.compare.workloads import Workload
 
 Arrivals = Literal["constant", "poisson", "recorded"]
-ARRIVALS: tuple[str, ...] = get_args(Arrivals)
 AGAIN = ":again"  # behind the baseline's name: the A/A arm
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gevent  # type: ignore[import-untyped]
-from gevent.event import AsyncResult  # type: ignore[import-untyped]
+from gevent.event import AsyncResult, Event  # type: ignore[import-untyped]
 from locust import FastHttpUser, events, task
 from locust.contrib.fasthttp import FAILURE_EXCEPTIONS
 from locust.env import Environment
@@ -49,7 +49,7 @@ class _Running:
         self.worker, self.workers = share
         self.rows: list[Row] = []
         self.left = users  # that have not finished it
-        self.drained = AsyncResult()
+        self.drained = Event()
         self.cpu_began = time.process_time()
         self.began = time.perf_counter()
         planned = visit.planned(workload) if visit.open else iter(())
@@ -106,7 +106,7 @@ class _Node:
         running = self.running = _Running(Visit(**msg.data["visit"]), self.workload, share, self.waiting)
         came, self.coming, self.waiting = self.coming, AsyncResult(), 0
         came.set(running)
-        running.drained.get()
+        running.drained.wait()
         spent_s = time.process_time() - running.cpu_began
         done = {"number": msg.data["number"], "rows": running.rows, "cpu_share": spent_s / max(1e-9, running.now_s())}
         runner.send_message(DRAINED, done)
@@ -191,7 +191,7 @@ class _Conductor:
         self.plan: dict[str, Any] = {}
         self.planned: set[str] = set()  # workers that have it
         self.waiting: set[str] = set()
-        self.drained = AsyncResult()
+        self.drained = Event()
         self.rows: list[Row] = []
         self.cpu_share = 0.0
 
@@ -244,7 +244,7 @@ class _Conductor:
             runner.send_message(PLAN, self.plan, worker)
             self.planned.add(worker)
         self.number += 1
-        self.waiting, self.rows, self.cpu_share, self.drained = set(workers), [], 0.0, AsyncResult()
+        self.waiting, self.rows, self.cpu_share, self.drained = set(workers), [], 0.0, Event()
         began = time.monotonic()
         said = {"number": self.number, "workers": workers, "visit": asked}
         gevent.spawn(runner.send_message, VISIT, said)

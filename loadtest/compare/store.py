@@ -128,7 +128,7 @@ def write_round(folder: Path, number: int, samples: pl.DataFrame, facts: dict[st
     """Samples first, then the file that makes them count. Both are on the disk when this returns."""
     where = folder / ROUNDS / f"{number:05d}.parquet"
     part = _part(where)
-    samples.match_schema(SAMPLES).write_parquet(part, compression="zstd")
+    samples.match_to_schema(SAMPLES).write_parquet(part, compression="zstd")
     _settle(part, where)
     _write(where.with_suffix(".json"), json.dumps({"round": number, **facts}, ensure_ascii=False) + "\n")
 

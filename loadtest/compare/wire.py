@@ -1,4 +1,4 @@
-"""What goes between the driver and Locust's processes as JSON: the workload one way, a list of cells per request back."""
+"""What goes between the driver and Locust as JSON: the workload one way, a list of cells per request the other."""
 
 from __future__ import annotations
 
