@@ -1,27 +1,27 @@
 """Two stored comparisons, arm by arm: what an arm cost over its baseline then, and what it costs now.
 
-A ratio of p50 is taken within each round of each run, so that what slows a machine for minutes cancels. The two runs
-have no round in common: their log ratios are compared by Welch's test for unequal spreads (B. L. Welch, "The
-generalization of 'Student's' problem", 1947). What would make that meaningless is refused, with the reason.
+A ratio of p50 is taken within each round of each run, so that what slows a machine for minutes cancels, and estimated
+as the verdict does. The two runs have no round in common: their estimates differ by what Welch's test allows for ("The
+generalization of 'Student's' problem", 1947), corrected over the arms. What would make that meaningless is refused.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import polars as pl
-from scipy import stats
-
 from actuary import BadInput
+from loadtest.compare import statistics
+from loadtest.compare.design import AGAIN
+from loadtest.compare.sequential import Look
+from loadtest.compare.statistics import LEAST_ROUNDS, Estimate, Judged
 from loadtest.compare.store import Run
-from loadtest.compare.words import AGAIN, digests, facts_of, interval, medians, ms, name_of, whole
+from loadtest.compare.words import digests, facts_of, interval, medians, name_of
+from loadtest.page import ms
 
 MACHINE = ("cpu", "cores")  # the host's name changes with every container, and a kernel's number is a note
 LOAD = ("rate", "users", "arrivals")
-FEW = 3  # rounds; of two, a spread is a guess
 
 
 def compare(new: Run, old: Run, *, margin: float, alpha: float, other_bundles: bool = False) -> dict[str, Any]:
@@ -31,17 +31,26 @@ def compare(new: Run, old: Run, *, margin: float, alpha: float, other_bundles: b
     if reasons:
         raise BadInput("these two runs cannot be compared: " + "; ".join(reasons))
     baseline = new.run["design"]["baseline"]
-    arms = [arm for arm in common if arm != baseline]
-    level = 1 - alpha / max(1, len(arms) - 1)  # Bonferroni's, over the arms that are not the check
-    rows = {arm: _change(new, old, arm, baseline, 1 - alpha if arm.endswith(AGAIN) else level) for arm in arms}
-    aa = rows.pop(baseline + AGAIN)["p50"]
-    p50 = {"then": _p50(old, baseline), "now": _p50(new, baseline)}
+    now, then = _estimates(new, common), _estimates(old, common)
+    changes = {arm: _change(now[arm], then[arm]) for arm in now}
+    judged = statistics.step_down(changes, [Look(min(each.rounds for each in changes.values()), 1.0)], alpha)
+    again = judged[baseline + AGAIN]
     return {
         "baseline": baseline,
-        "fit": aa["low"] <= 1 <= aa["high"],
-        "aa": aa,
-        "arms": [{"model": arm, "outcome": outcome(row["p50"], margin), **row} for arm, row in rows.items()],
-        "baseline_p50_ms": p50,
+        "fit": statistics.fit(again.interval, margin),
+        "aa": _ratio(again),
+        "arms": [
+            {
+                "model": arm,
+                "outcome": statistics.outcome(judged[arm].interval, margin),
+                "then": _ratio(Judged(then[arm], alpha, alpha)),
+                "now": _ratio(Judged(now[arm], alpha, alpha)),
+                "p50": _ratio(judged[arm]),
+            }
+            for arm in now
+            if arm != baseline + AGAIN
+        ],
+        "baseline_p50_ms": {"then": _p50(old, baseline), "now": _p50(new, baseline)},
         "margin": margin,
         "alpha": alpha,
         "started": {"then": old.run["started"], "now": new.run["started"]},
@@ -50,13 +59,30 @@ def compare(new: Run, old: Run, *, margin: float, alpha: float, other_bundles: b
     }
 
 
-def outcome(change: Mapping[str, float], margin: float) -> str:
-    """By where the interval lies: beyond 1, within the margin, or neither."""
-    if 1 / (1 + margin) < change["low"] and change["high"] < 1 + margin:
-        return "equivalent"
-    if change["low"] > 1:
-        return "slower"
-    return "faster" if change["high"] < 1 else "inconclusive"
+def _estimates(run: Run, arms: Sequence[str]) -> dict[str, Estimate]:
+    """Of each arm but the baseline, over it."""
+    baseline, counted = run.run["design"]["baseline"], statistics.whole_rounds(run.blocks)
+    found = {
+        arm: statistics.estimate(
+            statistics.pairs(counted, statistics.PRIMARY, baseline, arm), run.run["design"]["seed"]
+        )
+        for arm in arms
+        if arm != baseline
+    }
+    return {arm: estimate for arm, estimate in found.items() if estimate}
+
+
+def _change(now: Estimate, then: Estimate) -> Estimate:
+    """Of two runs that share no round. `rounds` less 1 are Welch and Satterthwaite's degrees of freedom."""
+    error = math.hypot(now.error, then.error)
+    parts = sum(each.error**4 / (each.rounds - 1) for each in (now, then))
+    rounds = 1 + int(error**4 / parts) if parts else now.rounds
+    return Estimate(now.log_ratio - then.log_ratio, error, rounds)
+
+
+def _ratio(judged: Judged) -> dict[str, float]:
+    low, high = judged.interval
+    return {"ratio": math.exp(judged.estimate.log_ratio), "low": math.exp(low), "high": math.exp(high)}
 
 
 def _arms(run: Run) -> dict[str, Mapping[str, Any]]:
@@ -83,9 +109,9 @@ def _refusals(new: Run, old: Run, common: list[str], other_bundles: bool) -> lis
             f"other bundles under the same name: {', '.join(others)}; say --other-bundles if that is what you compare"
         )
     for run, when in ((old, "then"), (new, "now")):
-        rounds = whole(run.blocks)["round"].n_unique()
-        if rounds < FEW:
-            said.append(f"{rounds} rounds without a void block {when}; at least {FEW} are needed for a spread")
+        rounds = statistics.whole_rounds(run.blocks)["round"].n_unique()
+        if rounds < LEAST_ROUNDS:
+            said.append(f"{rounds} rounds without a void block {when}; it takes {LEAST_ROUNDS}")
     return said
 
 
@@ -124,31 +150,6 @@ def _notes(new: Run, old: Run, common: list[str]) -> list[str]:
         before, after = old.run[part].get(field), new.run[part].get(field)
         said += [f"other {field}: {before} then, {after} now"] if before != after else []
     return said
-
-
-def _change(new: Run, old: Run, arm: str, baseline: str, level: float) -> dict[str, Any]:
-    now, then = _log_ratios(new, arm, baseline), _log_ratios(old, arm, baseline)
-    interval_of = stats.ttest_ind(now, then, equal_var=False).confidence_interval(level)
-    return {
-        "then": _ratio(then, level),
-        "now": _ratio(now, level),
-        "p50": {
-            "ratio": math.exp(now.mean() - then.mean()),
-            "low": math.exp(interval_of.low),
-            "high": math.exp(interval_of.high),
-        },
-    }
-
-
-def _log_ratios(run: Run, arm: str, baseline: str) -> np.ndarray:
-    """[rounds]: log of the arm's p50 over the baseline's, of rounds without a void block."""
-    blocks = whole(run.blocks).pivot("arm", index="round", values="p50_ms").sort("round")
-    return np.asarray(blocks.select((pl.col(arm) / pl.col(baseline)).log()).to_series().drop_nulls().to_numpy())
-
-
-def _ratio(logs: np.ndarray, level: float) -> dict[str, float]:
-    around = stats.ttest_1samp(logs, 0.0).confidence_interval(level)
-    return {"ratio": math.exp(logs.mean()), "low": math.exp(around.low), "high": math.exp(around.high)}
 
 
 def _p50(run: Run, arm: str) -> float | None:

@@ -11,8 +11,11 @@ import plotly.graph_objects as go
 import polars as pl
 
 from loadtest import page
+from loadtest.compare.design import AGAIN
 from loadtest.compare.frontier import Point
-from loadtest.compare.words import AGAIN, medians, name_of, percent, whole
+from loadtest.compare.statistics import whole_rounds
+from loadtest.compare.verdict import percent
+from loadtest.compare.words import medians, name_of
 from loadtest.page import GREY, colour, figure, log_ticks
 
 # By outcome: red costs, green saves, blue is the same, grey is not known. Shapes tell them apart without the colour.
@@ -41,7 +44,7 @@ def forest(found: Mapping[str, Any], x_title: str) -> go.Figure:
     `found` is a verdict, or what `against.compare` found.
     """
     drawn = figure(x_title, "", hovermode="closest")
-    arms = [arm for arm in found["arms"] if arm["model"] != found["baseline"] and arm["p50"]]
+    arms = [arm for arm in found["arms"] if arm["p50"]]
     arms.sort(key=lambda arm: -arm["p50"]["ratio"])
     check = name_of(found["baseline"] + AGAIN)
     names = [*(arm["model"] for arm in arms), check]
@@ -54,7 +57,8 @@ def forest(found: Mapping[str, Any], x_title: str) -> go.Figure:
         rows = [(arm["model"], arm["p50"]) for arm in arms if arm["outcome"] == outcome]
         if rows:
             _whiskers(drawn, rows, outcome, paint, symbol, size=12)
-    _whiskers(drawn, [(check, found["aa"])], "A/A check", GREY, "diamond", size=11)
+    if found["aa"]["ratio"] is not None:
+        _whiskers(drawn, [(check, found["aa"])], "A/A check", GREY, "diamond", size=11)
     infer = [(arm["model"], arm["infer"]) for arm in arms if (arm.get("infer") or {}).get("ratio") is not None]
     if infer:
         _whiskers(drawn, infer, "server's infer alone", GREY, "line-ns-open", size=9, thin=True)
@@ -75,8 +79,8 @@ def _whiskers(drawn: go.Figure, rows: Rows, name: str, paint: str, symbol: str, 
         error_x={
             "type": "data",
             "symmetric": False,
-            "array": [in_percent(m["high"]) - x for (_, m), x in zip(rows, middle, strict=True)],
-            "arrayminus": [x - in_percent(m["low"]) for (_, m), x in zip(rows, middle, strict=True)],
+            "array": [_reach(measure, "high") for _, measure in rows],
+            "arrayminus": [-_reach(measure, "low") for _, measure in rows],
             "color": paint,
             "thickness": 1 if thin else 3,
             "width": 0 if thin else 5,
@@ -84,6 +88,11 @@ def _whiskers(drawn: go.Figure, rows: Rows, name: str, paint: str, symbol: str, 
         opacity=0.75 if thin else 1,
         hovertemplate="%{y}: %{x:+.2f} %<extra>" + name + "</extra>",
     )
+
+
+def _reach(measure: Mapping[str, Any], end: str) -> float:
+    """From the middle of a bar to its end; 0 where the interval is open."""
+    return 0.0 if measure[end] is None else in_percent(measure[end]) - in_percent(measure["ratio"])
 
 
 def quality_against_latency(
@@ -112,7 +121,7 @@ def quality_against_latency(
             textposition=place,
             marker={"size": 12, "color": paint, "symbol": "circle" if point.best else "circle-open", "line_width": 2},
             error_x=_bar(x, in_percent(point.low), in_percent(point.high), paint),
-            error_y=None if point.bits_low is None else _bar(point.bits, point.bits_low, point.bits_high, paint),
+            error_y=_bar(point.bits, point.bits_low, point.bits_high, paint),
             hovertemplate=f"{point.model}: {percent(point.ratio)} p50, %{{y:.4f}} bits per byte<extra></extra>",
         )
     ticks = _steps(*x_range)
@@ -129,8 +138,7 @@ def quality_against_latency(
     return drawn
 
 
-def _bar(middle: float, low: float, high: float | None, paint: str) -> dict[str, Any]:
-    assert high is not None
+def _bar(middle: float, low: float, high: float, paint: str) -> dict[str, Any]:
     shape = {"color": paint, "thickness": 1.5, "width": 4}
     return {"type": "data", "symmetric": False, "array": [high - middle], "arrayminus": [middle - low], **shape}
 
@@ -138,7 +146,7 @@ def _bar(middle: float, low: float, high: float | None, paint: str) -> dict[str,
 def _room(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     """The axes' ranges: every bar, and space for the names beside the points."""
     xs = [in_percent(ratio) for point in points for ratio in (point.ratio, point.low, point.high)]
-    ys = [bits for point in points for bits in (point.bits, point.bits_low, point.bits_high) if bits is not None]
+    ys = [bits for point in points for bits in (point.bits, point.bits_low, point.bits_high)]
     ranges = []
     for values, least in ((xs, 1.0), (ys, 0.01)):
         pad = 0.15 * max(max(values) - min(values), least)
@@ -199,7 +207,12 @@ def time_line(blocks: pl.DataFrame, arms: Sequence[str]) -> go.Figure:
     drawn = figure("seconds since the load began", "p50 of a block, ms", hovermode="closest")
     measured = blocks.filter(pl.col("p50_ms").is_not_null() & pl.col("p50_ms").is_finite())
     middle = pl.col("began_s") + pl.col("window_s") / 2
-    rounds = whole(measured).group_by("round").agg(middle.mean().alias("at_s"), pl.col("p50_ms").median()).sort("at_s")
+    rounds = (
+        whole_rounds(measured)
+        .group_by("round")
+        .agg(middle.mean().alias("at_s"), pl.col("p50_ms").median())
+        .sort("at_s")
+    )
     drawn.add_scatter(
         x=rounds["at_s"].to_list(),
         y=rounds["p50_ms"].to_list(),
@@ -241,7 +254,7 @@ def time_line(blocks: pl.DataFrame, arms: Sequence[str]) -> go.Figure:
 
 def latencies(samples: pl.LazyFrame, blocks: pl.DataFrame, arms: Sequence[str]) -> dict[str, np.ndarray]:
     """Corrected latencies by arm, of answers that went well in rounds without a void block."""
-    rounds = whole(blocks)["round"].unique().implode()
+    rounds = whole_rounds(blocks)["round"].unique().implode()
     good = samples.filter(~pl.col("settling") & (pl.col("failure") == "") & pl.col("round").is_in(rounds))
     found = good.select("arm", (pl.col("latency_ms") + pl.col("late_ms")).alias("ms")).collect()
     return {arm: found.filter(pl.col("arm") == arm)["ms"].to_numpy() for arm in arms}

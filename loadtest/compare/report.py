@@ -18,6 +18,7 @@ import polars as pl
 
 from loadtest import page
 from loadtest.compare import against, charts, frontier, words
+from loadtest.compare.design import AGAIN
 from loadtest.compare.store import Run
 from loadtest.compare.words import Table
 from loadtest.page import ms
@@ -54,7 +55,7 @@ def sections(run: Run, result: Mapping[str, Any]) -> list[Section]:
     arms = words.arms_of(run.run)
     latencies = charts.latencies(run.samples, run.blocks, arms)
     return [
-        _differences(result, run.blocks),
+        _differences(run, result),
         _frontier(run.run, result, run.blocks),
         Section(
             "How long answers take",
@@ -75,7 +76,7 @@ def sections(run: Run, result: Mapping[str, Any]) -> list[Section]:
 def _against(found: Mapping[str, Any]) -> Section:
     rows = [(arm["model"], arm["outcome"], *map(words.interval, (arm["then"], arm["now"], arm["p50"])))
             for arm in found["arms"]]  # fmt: skip
-    rows.append((words.name_of(found["baseline"] + words.AGAIN), "check", "", "", words.interval(found["aa"])))
+    rows.append((words.name_of(found["baseline"] + AGAIN), "check", "", "", words.interval(found["aa"])))
     return Section(
         f"Against {Path(found['old']).name}",
         against.said(found),
@@ -84,14 +85,15 @@ def _against(found: Mapping[str, Any]) -> Section:
     )
 
 
-def _differences(result: Mapping[str, Any], blocks: pl.DataFrame) -> Section:
-    margin, sure = result["margin"] * 100, (1 - result["alpha"]) * 100
+def _differences(run: Run, result: Mapping[str, Any]) -> Section:
+    margin, sure, base = result["margin"] * 100, (1 - result["alpha"]) * 100, result["baseline"]
     return Section(
-        f"Over {result['baseline']}",
-        f"p50 of each arm over {result['baseline']}'s in the same round, with its {sure:g} % interval; to the right is "
-        f"slower. An interval within the shaded {margin:g} % counts as no difference that matters.",
-        charts.forest(result, f"p50 over {result['baseline']}, %"),
-        words.arms_table(result, blocks),
+        f"Over {base}",
+        f"p50 of each arm over {base}'s two blocks in the same round; to the right is slower. The intervals hold "
+        f"together, and at every look, at {sure:g} %. One that lies within the shaded {margin:g} % shows no difference "
+        "that matters.",
+        charts.forest(result, f"p50 over {base}, %"),
+        words.arms_table(run.run, result, run.blocks),
     )
 
 
@@ -222,7 +224,7 @@ def draw(run: Run, result: Mapping[str, Any], parts: Sequence[Section]) -> str:
     return page.page(
         kind="compare",
         alarm=f'<p class="alarm">{html.escape(unfit)}</p>' if unfit else "",
-        headline=words.headline(run.run, result),
+        headline=words.headline(result),
         lead=words.lead(run.run, result),
         top=page.notes(words.notes(run.run, result)) + _verdict(result),
         cards=[
@@ -255,7 +257,7 @@ def markdown(run: Run, result: Mapping[str, Any], parts: Sequence[Section]) -> s
     """The twin of the page: its words and tables, without its pictures."""
     unfit = words.unfit(result)
     lines = [f"> **{unfit}**", ""] if unfit else []
-    lines += [f"# {_md(words.headline(run.run, result))}", "", _md(words.lead(run.run, result)), ""]
+    lines += [f"# {_md(words.headline(result))}", "", _md(words.lead(run.run, result)), ""]
     lines += [f"> {_md(note)}\n" for note in words.notes(run.run, result)]
     lines += ["## Verdict", ""]
     lines += [f"- **{outcome}** {_md(sentence)}" for outcome, sentence in words.sentences(result)]

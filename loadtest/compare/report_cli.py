@@ -81,7 +81,8 @@ def result_of(folder: Path, run: store.Run) -> dict[str, Any]:
     design = run.run["design"]
     judged: dict[str, Any] = verdict.judge(run.run, run.blocks, margin=design["equivalence"], seed=design["seed"])
     cut_short = f"cut short: {len(run.rounds)} rounds of at most {design['rounds']} are in this verdict"
-    return {"schema": store.SCHEMA, "kind": store.KIND, **judged, "said": [cut_short]}
+    said = [sentence for each in run.rounds for sentence in each["said"]]
+    return {"schema": store.SCHEMA, "kind": store.KIND, **judged, "said": [cut_short, *said]}
 
 
 def _load(folder: Path) -> tuple[list[Path], dict[str, Any]]:

@@ -12,36 +12,29 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from loadtest.compare import verdict
+from loadtest.compare.design import AGAIN
+from loadtest.compare.statistics import LEAST_ROUNDS, whole_rounds
 from loadtest.page import ms
 
-AGAIN = ":again"  # the end of the name of the arm that is the baseline once more
 DIGEST = 12  # hex digits shown of a sha256; 48 bits tell the bundles of one project apart
-# What is compared beside the primary measure, and how its column is headed.
-MEASURES = {
-    "p50": "p50",
-    "p90": "p90",
-    "p99": "p99",
-    "mean": "mean",
-    "infer": "infer (server)",
-    "throughput": "answers/s",
-    "cpu": "CPU/request",
-    "memory": "memory",
-    "ttft": "first token",
-    "itl": "between tokens",
+# The measures of the table, how each is headed and what it is counted in. Left out where it was not measured.
+SHOWN = {
+    "p50": ("p50", " ms"),
+    "p90": ("p90", " ms"),
+    "p99": ("p99", " ms"),
+    "mean": ("mean", " ms"),
+    "uncorrected_p50": ("p50 uncorrected", " ms"),
+    "uncorrected_p99": ("p99 uncorrected", " ms"),
+    "infer": ("infer (server)", " ms"),
+    "ttft": ("first token", " ms"),
+    "itl": ("between tokens", " ms"),
+    "throughput": ("answers/s", "/s"),
+    "tokens_per_s": ("tokens/s", "/s"),
+    "cpu": ("CPU/request", " ms"),
+    "memory": ("memory", " MB"),
 }
-# The blocks' column of each, and its unit.
-COLUMNS = {
-    "p50": ("p50_ms", " ms"),
-    "p90": ("p90_ms", " ms"),
-    "p99": ("p99_ms", " ms"),
-    "mean": ("mean_ms", " ms"),
-    "infer": ("infer_ms", " ms"),
-    "throughput": ("requests_per_s", "/s"),
-    "cpu": ("cpu_ms", " ms"),
-    "memory": ("rss_mb", " MB"),
-    "ttft": ("ttft_ms", " ms"),
-    "itl": ("itl_ms", " ms"),
-}
+OPEN_LOOP = ("uncorrected_p50", "uncorrected_p99")  # in a closed loop they are p50 and p99
 
 
 @dataclass(frozen=True)
@@ -50,21 +43,9 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def percent(ratio: float) -> str:
-    return f"{_round(ratio):+.1f} %"
-
-
 def interval(measure: Mapping[str, Any] | None) -> str:
     """`+2.1 % [1.2, 3.0]` of {"ratio", "low", "high"}; `-` where it was not measured."""
-    if not measure or measure.get("ratio") is None:
-        return "-"
-    if measure.get("low") is None or measure.get("high") is None:
-        return percent(measure["ratio"])
-    return f"{percent(measure['ratio'])} [{_round(measure['low']):.1f}, {_round(measure['high']):.1f}]"
-
-
-def _round(ratio: float) -> float:
-    return round((ratio - 1) * 100, 1) + 0.0  # not -0.0
+    return "-" if not measure or measure["ratio"] is None else verdict.interval(dict(measure))
 
 
 def name_of(arm: str) -> str:
@@ -82,9 +63,8 @@ def load_of(run: Mapping[str, Any]) -> str:
     return f"{what}, {design['users']} user{'s' if design['users'] > 1 else ''} in a closed loop"
 
 
-def headline(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    others = [arm["model"] for arm in result["arms"] if arm["model"] != result["baseline"]]
-    return f"{', '.join(others)} against {result['baseline']}"
+def headline(result: Mapping[str, Any]) -> str:
+    return f"{', '.join(arm['model'] for arm in result['arms'])} against {result['baseline']}"
 
 
 def lead(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
@@ -98,23 +78,30 @@ def lead(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
 
 
 def unfit(result: Mapping[str, Any]) -> str:
-    """The sentence for the very top where the machine was not fit, else nothing."""
+    """The sentence for the very top where nothing may be claimed, else nothing."""
     if result["fit"]:
         return ""
+    if result["aa"]["ratio"] is None:
+        return (
+            f"Too few rounds for any claim: {result['rounds'] - result['void_rounds']} count, and it takes "
+            f"{LEAST_ROUNDS}. Measure longer."
+        )
     return (
         f"Do not trust the differences below: this machine was not fit. {result['baseline']} against itself (A/A) "
-        f"came out at {interval(result['aa'])} p50, where 0 is the truth. Close what else runs, or measure longer."
+        f"came out at {interval(result['aa'])} p50, where 0 is the truth. Stop what else runs, or measure longer."
     )
 
 
 def aa(result: Mapping[str, Any]) -> str:
-    found = "which holds 0: fit" if result["fit"] else "which it should not: not fit"
+    if result["aa"]["ratio"] is None:
+        return "The machine's own check, the baseline against itself (A/A), has too few rounds."
+    found = "no difference that matters, so the machine was fit" if result["fit"] else "so the machine was not fit"
     return f"{result['baseline']} against itself (A/A, the machine's own check): {interval(result['aa'])} p50, {found}."
 
 
 def sentences(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(outcome, sentence) of each arm against the baseline."""
-    return [(arm["outcome"], arm["sentence"]) for arm in result["arms"] if arm["model"] != result["baseline"]]
+    return [(arm["outcome"], arm["sentence"]) for arm in result["arms"]]
 
 
 def notes(run: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
@@ -157,42 +144,28 @@ def digests(facts: Mapping[str, Any]) -> dict[str, str]:
     return dict(facts.get("files") or {})
 
 
-def arms_table(result: Mapping[str, Any], blocks: pl.DataFrame) -> Table:
+def arms_table(run: Mapping[str, Any], result: Mapping[str, Any], blocks: pl.DataFrame) -> Table:
     """Every measure of every arm: the baseline as it is, the others as a difference from it."""
-    measured = [name for name in MEASURES if any(_of(arm, name) for arm in result["arms"])]
-    itself = medians(blocks, [column for column, _ in COLUMNS.values()]).get(result["baseline"], {})
-
-    def absolute(name: str) -> str:
-        column, unit = COLUMNS[name]
-        value = itself.get(column)
-        return "-" if value is None else f"{value:.2f}{unit}"
-
-    rows = [(result["baseline"], "baseline", *(absolute(name) for name in measured))]
-    rows += [
-        (arm["model"], arm["outcome"], *(interval(_of(arm, name)) for name in measured))
-        for arm in result["arms"]
-        if arm["model"] != result["baseline"]
+    planned = run["design"]["rate"] is not None or run["design"]["arrivals"] == "recorded"
+    names = [name for name in SHOWN if planned or name not in OPEN_LOOP]
+    names = [name for name in names if any((arm.get(name) or {}).get("ratio") for arm in result["arms"])]
+    columns = {name: verdict.MEASURES[name] for name in names}
+    itself = medians(blocks, list(columns.values())).get(result["baseline"], {})
+    absolute = [
+        "-" if (value := itself.get(columns[name])) is None else f"{value:.2f}{SHOWN[name][1]}" for name in names
     ]
-    again = (name_of(result["baseline"] + AGAIN), "check", interval(result["aa"]))
-    rows.append((*again, *("-" for _ in measured[1:])))
-    return Table(("variant", "outcome", *(MEASURES[name] for name in measured)), tuple(rows))
-
-
-def _of(arm: Mapping[str, Any], measure: str) -> Mapping[str, Any] | None:
-    found = arm.get(measure)
-    return found if isinstance(found, Mapping) and found.get("ratio") is not None else None
+    rows = [(result["baseline"], "baseline", *absolute)]
+    rows += [(arm["model"], arm["outcome"], *(interval(arm.get(name)) for name in names)) for arm in result["arms"]]
+    check = (name_of(result["baseline"] + AGAIN), "check", interval(result["aa"]))
+    rows.append((*check, *("-" for _ in names[1:])))
+    return Table(("variant", "outcome", *(SHOWN[name][0] for name in names)), tuple(rows))
 
 
 def medians(blocks: pl.DataFrame, columns: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """Median over the blocks of each arm, of rounds without a void block."""
-    rows = whole(blocks).group_by("arm").agg(pl.col(name).fill_nan(None).median() for name in columns)
+    of = [pl.col(name).cast(pl.Float64).fill_nan(None).median() for name in columns]
+    rows = whole_rounds(blocks).group_by("arm").agg(of)
     return {row["arm"]: {name: row[name] for name in columns} for row in rows.to_dicts()}
-
-
-def whole(blocks: pl.DataFrame) -> pl.DataFrame:
-    """The blocks of rounds of which none is void, as the paired statistics take them."""
-    void = blocks.filter(pl.col("void") != "")["round"].unique()
-    return blocks.filter(~pl.col("round").is_in(void.implode()))
 
 
 def facts_table(run: Mapping[str, Any]) -> Table:
