@@ -59,6 +59,9 @@ def compare(context: click.Context, **given: Any) -> None:
         result = _measured(arguments, folder, resumed, console)
     document = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
     write(folder / RESULT, document)
+    from loadtest.compare import report  # plotly takes a second
+
+    report.write_files(folder, store.read(folder), result)
     if given["json_file"] == "-":
         click.echo(document, nl=False)
     elif given["json_file"]:
