@@ -27,6 +27,15 @@ OUTCOMES = {
 }
 BAND = "rgba(138, 143, 152, 0.18)"
 PARTS = ("queue", "tokenize", "infer")
+# Of a model's run: the feed-forward block's three in one hue, then the others.
+MODEL_PARTS = {
+    "up": "#f0a56f",
+    "activation": "#e0782f",
+    "down": "#a9521a",
+    "attention": "#3b8bd0",
+    "head": "#8f7ae0",
+    "other": GREY,
+}
 ROW = 34  # pixels of one arm
 SIDES = ("top right", "bottom right", "top left", "bottom left", "top center", "bottom center")  # for a point's name
 
@@ -279,18 +288,36 @@ def server_beside_client(
     return page.stacked("median, ms", [name_of(arm) for arm, _ in rows], parts_ms), rows
 
 
-def ffn_share(shares: Mapping[str, float]) -> go.Figure:
-    """Share of the run that the feed-forward blocks take, by ONNX Runtime's profile."""
-    drawn = figure("share of the model's run", "")
-    models = list(shares)[::-1]
-    drawn.add_bar(
-        y=models,
-        x=[shares[model] for model in models],
-        orientation="h",
-        marker={"color": colour(0)},
-        hovertemplate="%{x:.1%} of the run<extra></extra>",
-    )
-    drawn.update_layout(height=90 + ROW * len(models), bargap=0.35)
+def model_parts(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
+    """Shares of a model's own run, of each part of it, by ONNX Runtime's profile."""
+    parts = {part: [share.get(part, 0.0) for share in shares.values()] for part in MODEL_PARTS}
+    drawn = page.stacked("share of the model's run", list(shares), parts, MODEL_PARTS, "%{x:.1%}")
     drawn.update_xaxes(tickformat=".0%", range=[0, 1])
-    drawn.update_yaxes(type="category")
+    return drawn
+
+
+def against_rate(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], bound_ms: float | None) -> go.Figure:
+    """p99, and dotted p50, of each arm at each rate; open where the plan was not kept."""
+    drawn = figure("planned arrivals per second", "latency from the planned send, ms", hovermode="closest")
+    known = [row for row in rows if row["p99_ms"] and np.isfinite(row["p99_ms"])]
+    for index, arm in enumerate(arms):
+        mine = sorted((row for row in known if row["arm"] == arm), key=lambda row: row["rate"])
+        for percentile in ("p99", "p50"):
+            if mine:
+                drawn.add_scatter(
+                    x=[row["rate"] for row in mine],
+                    y=[row[f"{percentile}_ms"] for row in mine],
+                    name=name_of(arm),
+                    legendgroup=arm,
+                    showlegend=percentile == "p99",
+                    mode="lines+markers",
+                    line={"width": 2, "color": colour(index), "dash": "solid" if percentile == "p99" else "dot"},
+                    marker={"size": 7, "symbol": ["circle" if row["kept_plan"] else "circle-open" for row in mine]},
+                    hovertemplate=f"{percentile} %{{y:.2f}} ms at %{{x:g}}/s<extra>{name_of(arm)}</extra>",
+                )
+    if bound_ms:
+        drawn.add_hline(y=bound_ms, line={"color": GREY, "width": 1.5, "dash": "dash"})
+    if known:
+        values = [row[name] for row in known for name in ("p50_ms", "p99_ms")]
+        drawn.update_yaxes(**log_ticks(np.array([*values, *([bound_ms] if bound_ms else [])])))
     return drawn

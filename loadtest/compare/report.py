@@ -64,7 +64,7 @@ def sections(run: Run, result: Mapping[str, Any]) -> list[Section]:
             page.ecdf({words.name_of(arm): values for arm, values in latencies.items()}),
             words.quantiles_table(latencies),
         ),
-        *_sweep(result),
+        *_sweep(result, arms),
         _time_line(run.blocks, arms),
         *_server(run.blocks, arms),
         *_ffn(result),
@@ -112,8 +112,29 @@ def _frontier(run: Mapping[str, Any], result: Mapping[str, Any], blocks: pl.Data
     )
 
 
-def _sweep(result: Mapping[str, Any]) -> list[Section]:
-    return []
+def _sweep(result: Mapping[str, Any], arms: Sequence[str]) -> list[Section]:
+    sweep = result.get("sweep")
+    if not sweep:
+        return []
+    knees = {
+        words.name_of(arm): "beyond the rates" if knee["rate"] is None else f"{knee['rate']:.1f}/s"
+        for arm, knee in sweep["knees"].items()
+    }
+    rows = [
+        (words.name_of(row["arm"]), f"{row['rate']:g}", ms(row["p50_ms"]), ms(row["p99_ms"]),
+         f"{row['requests_per_s']:.1f}", f"{row['goodput_per_s']:.1f}", "yes" if row["kept_plan"] else "no")
+        for row in sweep["rows"]
+    ]  # fmt: skip
+    return [
+        Section(
+            "Latency against rate",
+            f"Solid: p99, dotted: p50, from the planned send; open where the plan was not kept. The knee, where p99 "
+            f"crosses {sweep['bound_ms']:.1f} ms: {', '.join(f'{arm} {knee}' for arm, knee in knees.items())}. Goodput "
+            f"counts answers within {sweep['objective_ms']:.1f} ms.",
+            charts.against_rate(sweep["rows"], arms, sweep["bound_ms"]),
+            Table(("arm", "planned/s", "p50", "p99", "answers/s", "goodput/s", "plan kept"), tuple(rows)),
+        )
+    ]
 
 
 def _time_line(blocks: pl.DataFrame, arms: Sequence[str]) -> Section:
@@ -150,15 +171,19 @@ def _server(blocks: pl.DataFrame, arms: Sequence[str]) -> list[Section]:
 
 
 def _ffn(result: Mapping[str, Any]) -> list[Section]:
-    shares = result.get("ffn_share")
-    if not shares:
+    """`ffn_share` has what `actuary inspect --profile` says of each model."""
+    if not result.get("ffn_share"):
         return []
+    shares = {model: profile["share"] for model, profile in result["ffn_share"].items()}
+    parts = ("ffn", *charts.MODEL_PARTS)
+    rows = tuple((model, *(f"{share.get(part, 0.0):.1%}" for part in parts)) for model, share in shares.items())
     return [
         Section(
-            "The feed-forward blocks' share",
-            "Of the model's own run, by ONNX Runtime's profile: no activation can save more than this.",
-            charts.ffn_share(shares),
-            Table(("variant", "share of the run"), tuple((name, f"{share:.1%}") for name, share in shares.items())),
+            "Inside infer",
+            "Shares of the model's own run, by ONNX Runtime's profile. The feed-forward block is up, activation and "
+            "down: all that another activation can change.",
+            charts.model_parts(shares),
+            Table(("variant", *parts), rows),
         )
     ]
 
