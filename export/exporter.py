@@ -30,7 +30,8 @@ from actuary import BadInput, GateFailed
 from export import bundle, onnx_file, parity
 from export.audit import check_file
 from export.catalogue import describe, write_catalogue
-from export.graph import Flavor, build
+from export.graph import build
+from export.graph_parts import Flavor
 from export.half import emulated, half
 from export.precision import int8
 from models import activations

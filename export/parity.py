@@ -65,7 +65,7 @@ from transformers import PreTrainedModel
 
 from actuary import GateFailed
 from export import bundle, half
-from export.graph import STANDARD
+from export.graph_parts import STANDARD
 from export.half import HalfName
 from export.ops import error_bound
 from export.ops.check import check_activation, one_node, open_session, worst_ratio

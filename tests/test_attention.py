@@ -15,7 +15,8 @@ from onnx.reference import ReferenceEvaluator
 
 from actuary import GateFailed
 from export import attention, bundle, parity
-from export.graph import IR_VERSION, build
+from export.graph import build
+from export.graph_parts import IR_VERSION
 from export.ops import library
 from export.ops.check import open_session
 

@@ -27,7 +27,8 @@ from export import audit, bundle, onnx_file
 from export.audit import CPU, CUDA, Assigned, audit_of, check_file, check_placement, foreseen_on_cuda
 from export.bundle import read_manifest
 from export.exporter import Checkpoint, export_bundle
-from export.graph import ORT, build
+from export.graph import build
+from export.graph_parts import ORT
 from export.inspection import NO_BLOCK, WIDTH, Inspection, draw_block, in_a_line, inspect_bundle
 from export.ops import library
 from service.app import create_app

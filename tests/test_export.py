@@ -23,7 +23,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from actuary import BadInput, GateFailed
 from export import bundle, cli, exporter, parity
 from export.exporter import export_bundle, find_checkpoints, read_checkpoint
-from export.graph import Flavor, build
+from export.graph import build
+from export.graph_parts import Flavor
 from export.parity import check_model, model_bound
 from models import activations
 from models.decoder import Decoder, from_actuary

@@ -15,7 +15,8 @@ from test_precision import other_family
 
 from export import bundle, parity
 from export.bundle import DOMAIN, OPSET
-from export.graph import IR_VERSION, build
+from export.graph import build
+from export.graph_parts import IR_VERSION
 from export.ops import library
 from export.ops.int8_function import (
     DEPTH,

@@ -31,7 +31,7 @@ from onnx.reference import ReferenceEvaluator
 from actuary import ActuaryError, BadInput, GateFailed, cores
 from export.bundle import DOMAIN, OPSET, ActivationInfo
 from export.catalogue import describe
-from export.graph import IR_VERSION
+from export.graph_parts import IR_VERSION
 from export.ops import build, error_bound, library
 from export.ops.check import (
     SHAPES,

@@ -13,7 +13,8 @@ from conftest import TINY
 from actuary import BadInput, GateFailed
 from export import attention, bundle, exporter, parity, precision
 from export.exporter import export_bundle
-from export.graph import ORT, Flavor, Positions, build
+from export.graph import Positions, build
+from export.graph_parts import ORT, Flavor
 from export.ops.int8_function import FORMS
 from export.parity import SAFETY_OF_NOISE, check_int8, model_bound
 from models.activations import registry
