@@ -94,6 +94,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def counted_batches(engine) -> list[int]:
+    """How many sequences each batch of a service's engine had, growing as it runs."""
+    batches, run_batch = [], engine._run_batch
+
+    def counted(batch, wide):
+        batches.append(len(batch))
+        run_batch(batch, wide)
+
+    engine._run_batch = counted
+    return batches
+
+
 @contextlib.contextmanager
 def serving(bundles: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
     """A real `actuary serve` on a free port: (its URL, its process). Ended by SIGTERM, as a supervisor would."""
