@@ -56,6 +56,16 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable)
 
 
 @pytest.fixture(scope="session")
+def kinds(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable) -> Path:
+    """A folder of a bundle of each kind (bundle_kinds.py). Not to be changed."""
+    from bundle_kinds import write_kinds
+
+    out = tmp_path_factory.mktemp("kinds")
+    write_kinds(out, tiny_checkpoint)
+    return out
+
+
+@pytest.fixture(scope="session")
 def fused(tmp_path_factory: pytest.TempPathFactory):
     """The library of fused operators, built once for all test processes; skips where there is no C++ compiler."""
     import fcntl
