@@ -50,7 +50,7 @@ def check(
     float_model: onnx.ModelProto | None = None,
     precision: bundle.Precision = "fp32",
 ) -> bundle.Parity:
-    """Both comparisons on the file as written; GateFailed where one misses.
+    """All of them on the file as written; GateFailed where one misses.
 
     Args:
         float_model: the float32 graph that the file's one was made from; None where the file is float32.
