@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
 from actuary import BadInput
 
@@ -67,6 +67,8 @@ class _Record(BaseModel):
 
 Precision = Literal["fp32", "int8", "fp16", "bf16"]
 Kind = Literal["pointwise", "learned", "gated", "hidden_axis"]
+# Of gated forms: 8C/3, so that three matrices hold as much as two of 4C; 4C; what another family has.
+GatedWidth = Literal["matched", "full", "other"]
 
 
 class Curve(_Record):
@@ -162,6 +164,17 @@ class Manifest(_Record):
             if Path(name).name != name or name in ("", ".", ".."):
                 raise ValueError(f"file {name!r} must be a plain name inside the bundle")
         return self
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def gated_width(self) -> GatedWidth | None:
+        """Which hidden width of a gated form it has; None where it is not gated."""
+        if self.kind != "gated":
+            return None
+        if self.hidden == 4 * self.dim:
+            return "full"
+        # To the nearest whole vector of 8 floats, as models/gpt.py rounds.
+        return "matched" if abs(self.hidden - 8 * self.dim / 3) <= 4 else "other"
 
     def to_json(self) -> str:
         return self.model_dump_json(by_alias=True, indent=2) + "\n"

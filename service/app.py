@@ -328,7 +328,7 @@ def _refused(library: Library) -> list[dict[str, str]]:
 def _model(variant: Variant) -> dict[str, Any]:
     manifest = variant.manifest
     facts = manifest.model_dump(
-        mode="json", exclude={"schema_version", "name", "activation_info", "files", "created", "versions"}
+        mode="json", exclude={"schema_version", "name", "activation_info", "created", "versions"}
     )
     return {
         "id": variant.name,
