@@ -15,7 +15,7 @@ import pytest
 import torch
 from completing import CONTEXT, V, ask, completions_client, joined, one, streamed
 from fastapi.testclient import TestClient
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
