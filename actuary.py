@@ -52,6 +52,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "bench": ("actuary:bench", "train,serve,load", "What an activation costs; our server against other engines."),
     "serve": ("service.cli:serve", "serve", "Serve every bundle of a folder over HTTP."),
     "load": ("loadtest.cli:load", "load", "Put load on a running service, one row per variant."),
+    "compare": ("loadtest.compare.cli:compare", "load", "Which variant is slower under load, and how sure that is."),
 }
 
 # verb: (where its click command is, the optional extra that it needs, one line for --help)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
-import os
 import platform
 import shlex
 from importlib.metadata import version
@@ -29,35 +27,23 @@ from loadtest.samples import (
     read_samples,
     summarise,
 )
+from loadtest.shared import POSITIVE, Finite, check_json, free_users, machine, tail, write
 
 PACKAGES = ("actuary", "locust", "gevent", "geventhttpclient", "numpy", "plotly")
 RESULT, REPORT = "result.json", "report.html"
-
-
-class _Finite(click.FloatRange):
-    """click's own range lets NaN and infinity through."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number", param, ctx)
-        return number
-
-
-_POSITIVE = _Finite(min=0, min_open=True)
 
 
 @click.command()
 @click.option("--url", default=planning.DEFAULT_URL, show_default=True, help="The server.")
 @click.option("--models", metavar="A,B", help="Variants to ask.  [default: all that the server lists]")
 @click.option("--users", type=click.IntRange(1, 10_000), help="Users at once.  [default: 8; with --rate, one per 1/s]")
-@click.option("--rate", type=_POSITIVE, help="Constant arrivals per second, of all variants together.")
-@click.option("--duration", type=_POSITIVE, default=30.0, show_default=True, help="Seconds measured.")
-@click.option("--warmup", type=_Finite(min=0), default=3.0, show_default=True, help="Seconds before, discarded.")
+@click.option("--rate", type=POSITIVE, help="Constant arrivals per second, of all variants together.")
+@click.option("--duration", type=POSITIVE, default=30.0, show_default=True, help="Seconds measured.")
+@click.option("--warmup", type=Finite(min=0), default=3.0, show_default=True, help="Seconds before, discarded.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="One per line, text or .jsonl.  [default: built in]")
 @click.option("--top-k", type=click.IntRange(0), default=10, show_default=True, help="Tokens asked for.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of requests.")
-@click.option("--timeout", type=_POSITIVE, default=30.0, show_default=True, help="Seconds until one failed.")
+@click.option("--timeout", type=POSITIVE, default=30.0, show_default=True, help="Seconds until one failed.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the result here too; - is standard output.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: artifacts/load/<time>]")
 @click.option("--html/--no-html", default=True, show_default=True, help="Draw report.html.")
@@ -92,7 +78,7 @@ def load(
     asked = planning.read_prompts(prompts) if prompts else planning.PROMPTS
     served = planning.served_models(url)
     if users is None:
-        users = 8 if rate is None else max(8, min(1000, math.ceil(rate)))  # a stall of 1 s finds users free
+        users = 8 if rate is None else free_users(rate)
     plan = Plan(
         url,
         planning.choose_models(models, list(served)),
@@ -112,9 +98,9 @@ def load(
     interrupted, status = run_locust(plan, prompts, folder)
     samples = read_samples(folder / SAMPLES) if (folder / SAMPLES).is_file() else []
     if not samples:
-        tail = _tail(folder / LOG)
+        ending = tail(folder / LOG)
         why = "interrupted before the first answer" if interrupted else f"Locust sent nothing (exit code {status})"
-        raise ActuaryError(f"{why}; its log {folder / LOG} ends with:\n{tail}")
+        raise ActuaryError(f"{why}; its log {folder / LOG} ends with:\n{ending}")
 
     client = client_facts(folder / SAMPLES, samples)
     window_s = min(plan.duration_s, client["stopped_after_s"] - plan.warmup_s)
@@ -129,13 +115,13 @@ def load(
     result = _result(plan, prompts, measured, window_s, client, started, interrupted)
     result["served"] = {name: served[name] for name in plan.models}
     if html:
-        _write(folder / REPORT, report.draw(result, measured))
+        write(folder / REPORT, report.draw(result, measured))
     document = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-    _write(folder / RESULT, document)
+    write(folder / RESULT, document)
     if json_file == "-":
         click.echo(document, nl=False)
     elif json_file:
-        _write(Path(json_file), document)
+        write(Path(json_file), document)
     _print(result, folder, Console(stderr=json_file == "-", highlight=False))
     if all(row["failures"] == row["requests"] for row in result["rows"]):
         raise ActuaryError(f"every request failed: {_reasons(result['rows'])}")
@@ -143,15 +129,7 @@ def load(
 
 def _prepare_destinations(folder: Path, json_file: str | None) -> None:
     """Makes `folder`; what would fail after the run fails here, before it."""
-    try:
-        if json_file and json_file != "-":
-            path = Path(json_file).absolute()
-            if path.is_dir():
-                raise BadInput(f"--json {json_file} is a folder; name a file")
-            _part(path).touch()
-            _part(path).unlink()
-    except OSError as error:
-        raise BadInput(f"--json {json_file} cannot be written: {error}; name a file in a folder of yours") from error
+    check_json(json_file)
     try:
         if (folder / SAMPLES).exists() or (folder / RESULT).exists():
             raise BadInput(f"--out {folder} already holds a run; name another folder")
@@ -194,7 +172,7 @@ def _result(
         "rows": rows,
         "total": summarise("all", measured, window_s),
         "client": judge_client(measured, plan, window_s, cpu_share, client["unanswered"]),
-        "machine": _machine(),
+        "machine": machine(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
 
@@ -214,30 +192,6 @@ def _repeat(plan: Plan, prompts: Path | None) -> str:
     words += ["--duration", str(plan.duration_s), "--warmup", str(plan.warmup_s), "--timeout", str(plan.timeout_s)]
     words += ["--top-k", str(plan.top_k), "--seed", str(plan.seed)]
     return shlex.join(words + (["--prompts", str(prompts)] if prompts else []))
-
-
-def _machine() -> dict[str, Any]:
-    """Of the load generator; the server's is the same only where the URL is this machine's."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {"host": platform.node(), "cpu": model, "cores": os.cpu_count(), "system": platform.platform()}
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    _part(path).write_text(text, encoding="utf-8")
-    _part(path).replace(path)
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
-
-
-def _tail(path: Path) -> str:
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]) if path.is_file() else ""
 
 
 def _reasons(rows: list[dict[str, Any]]) -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import free_port
+from stand_in import DELAY_MS, Server, StandIn, standing_in
 
 from actuary import BadInput
 from loadtest import plan as planning
@@ -31,90 +29,12 @@ from loadtest.samples import Sample, in_window, judge_client, read_samples, summ
 
 ROOT = Path(__file__).parents[1]
 LOCUSTFILE = ROOT / "loadtest" / "locustfile.py"
-DELAY_MS = {"fast": 7.3, "slow": 9.7, "broken": 1.0, "liar": 1.0, "hangs": 1.0, "drips": 1.0}
-HANGS_AFTER = 30  # requests; before them `hangs` and `drips` answer as `fast` does
-
-
-class _StandIn(BaseHTTPRequestHandler):
-    """/v1/models and /v1/next-token as API.md promises them: `broken` answers 503, `liar` another's name,
-    and later `hangs` says nothing for ever, and `drips` a byte now and then, so that no read times out."""
-
-    protocol_version = "HTTP/1.1"
-    server: _Server
-
-    def do_GET(self) -> None:
-        models = [{"id": name, "object": "model", "root": name} for name in self.server.models]
-        self._answer(200, {"object": "list", "data": models})
-
-    def do_POST(self) -> None:
-        began = time.perf_counter()
-        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        model = request["model"]
-        self.server.seen.append((model, request["prompt"]))
-        time.sleep(DELAY_MS[model] / 1000 + self.server.stall_s())
-        if model in ("hangs", "drips") and len(self.server.seen) > HANGS_AFTER:
-            self.close_connection = True
-            with contextlib.suppress(OSError):  # the client has left
-                if model == "drips":
-                    self.wfile.write(b"HTTP/1.1 200 X\r\ncontent-length: 999\r\n\r\n")
-                while not self.server.closing.wait(0.2):
-                    self.wfile.write(b" " if model == "drips" else b"")
-            return
-        if model == "broken":
-            error = {"message": "no", "type": "overloaded", "param": None, "code": 503}
-            self._answer(503, {"error": error})
-            return
-        name = "someone-else" if model == "liar" else model
-        top = [{"rank": i + 1, "id": i, "text": "x"} for i in range(request["top_k"])]
-        total_ms = (time.perf_counter() - began) * 1000
-        times = {
-            "x-queue-ms": 0.125,
-            "x-tokenize-ms": 0.25,
-            "x-infer-ms": DELAY_MS[model],
-            "x-total-ms": total_ms,
-        }
-        result = {"prompt_index": 0, "model": name, "top": top}
-        self._answer(200, {"object": "next_token", "results": [result]}, times)
-
-    def _answer(self, status: int, body: object, headers: dict[str, float] | None = None) -> None:
-        payload = json.dumps(body).encode()
-        head = [f"HTTP/1.1 {status} X", "content-type: application/json", f"content-length: {len(payload)}"]
-        head += [f"{name}: {value:.3f}" for name, value in (headers or {}).items()]
-        self.wfile.write("\r\n".join([*head, "", ""]).encode() + payload)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, models: list[str]) -> None:
-        super().__init__(("127.0.0.1", 0), _StandIn)
-        self.models = models
-        self.seen: list[tuple[str, str]] = []
-        self.stall_at: int | None = None  # the count of requests that makes the server stand still
-        self.stall_until = 0.0
-        self.closing = threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def stall_s(self) -> float:
-        if self.stall_at and len(self.seen) >= self.stall_at:
-            self.stall_at, self.stall_until = None, time.perf_counter() + 0.5
-        return max(0.0, self.stall_until - time.perf_counter())
 
 
 @pytest.fixture
-def stand_in(request: pytest.FixtureRequest) -> Iterator[_Server]:
-    server = _Server(getattr(request, "param", ["fast", "slow", "broken", "liar"]))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield server
-    server.closing.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def stand_in(request: pytest.FixtureRequest) -> Iterator[Server]:
+    with standing_in(getattr(request, "param", ["fast", "slow", "broken", "liar"])) as server:
+        yield server
 
 
 def _load(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -148,7 +68,7 @@ def _sample(latency_ms: float = 1.0, at_s: float = 1.0, **changes: Any) -> Sampl
 # --- the real thing, against the stand-in ---------------------------------------------------------
 
 
-def test_rows_samples_and_report_of_a_closed_loop(stand_in: _Server, tmp_path: Path) -> None:
+def test_rows_samples_and_report_of_a_closed_loop(stand_in: Server, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = (
         "--url",
@@ -215,9 +135,7 @@ def test_rows_samples_and_report_of_a_closed_loop(stand_in: _Server, tmp_path: P
 
 
 @pytest.mark.parametrize("stand_in", [["fast", "slow"]], indirect=True)
-def test_constant_rate_keeps_its_plan_and_charges_a_stall_to_all_who_were_due(
-    stand_in: _Server, tmp_path: Path
-) -> None:
+def test_constant_rate_keeps_its_plan_and_charges_a_stall_to_all_who_were_due(stand_in: Server, tmp_path: Path) -> None:
     stand_in.stall_at = 75  # half a second into the window
     arguments = ("--url", stand_in.url, "--rate", "50", "--users", "2", "--duration", "2", "--warmup", "1")
     done = _load(*arguments, "--json", "result.json", "--no-html", "--out", "run", cwd=tmp_path)
@@ -238,7 +156,7 @@ def test_constant_rate_keeps_its_plan_and_charges_a_stall_to_all_who_were_due(
 
 
 @pytest.mark.parametrize("stand_in", [["fast"]], indirect=True)
-def test_ctrl_c_reports_what_was_measured(stand_in: _Server, tmp_path: Path) -> None:
+def test_ctrl_c_reports_what_was_measured(stand_in: Server, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "actuary", "load", "--url", stand_in.url, "--duration", "60"]
     process = subprocess.Popen(
         [*command, "--users", "2", "--warmup", "0", "--out", "run"],
@@ -261,7 +179,7 @@ def test_ctrl_c_reports_what_was_measured(stand_in: _Server, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("stand_in", [["fast", "hangs"]], indirect=True)
-def test_a_request_without_an_answer_is_a_failure(stand_in: _Server, tmp_path: Path) -> None:
+def test_a_request_without_an_answer_is_a_failure(stand_in: Server, tmp_path: Path) -> None:
     arguments = ("--url", stand_in.url, "--users", "2", "--duration", "2", "--warmup", "0", "--timeout", "1.5")
     done = _load(*arguments, "--no-html", "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -273,7 +191,7 @@ def test_a_request_without_an_answer_is_a_failure(stand_in: _Server, tmp_path: P
 
 
 @pytest.mark.parametrize("stand_in", [["fast", "drips"]], indirect=True)
-def test_a_request_that_was_cut_off_is_said(stand_in: _Server, tmp_path: Path) -> None:
+def test_a_request_that_was_cut_off_is_said(stand_in: Server, tmp_path: Path) -> None:
     arguments = ("--url", stand_in.url, "--users", "2", "--duration", "1", "--warmup", "0", "--timeout", "0.5")
     done = _load(*arguments, "--no-html", "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -283,7 +201,7 @@ def test_a_request_that_was_cut_off_is_said(stand_in: _Server, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("stand_in", [["broken"]], indirect=True)
-def test_all_failed_is_exit_1_with_its_result(stand_in: _Server, tmp_path: Path) -> None:
+def test_all_failed_is_exit_1_with_its_result(stand_in: Server, tmp_path: Path) -> None:
     done = _load("--url", stand_in.url, "--duration", "1", "--warmup", "0", "--out", "run", cwd=tmp_path)
     assert done.returncode == 1
     assert "every request failed" in done.stderr
@@ -292,7 +210,7 @@ def test_all_failed_is_exit_1_with_its_result(stand_in: _Server, tmp_path: Path)
 
 
 @pytest.mark.parametrize("stand_in", [["fast", "slow"]], indirect=True)
-def test_master_and_worker_bring_every_sample_to_the_master(stand_in: _Server, tmp_path: Path) -> None:
+def test_master_and_worker_bring_every_sample_to_the_master(stand_in: Server, tmp_path: Path) -> None:
     port = free_port()
     samples = tmp_path / "samples.csv"
     locust = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
@@ -387,7 +305,7 @@ def test_bad_url(url: str, run_load: Any) -> None:
     assert (code, "not the address" in message) == (2, True)
 
 
-def test_unknown_and_repeated_variant(stand_in: _Server, run_load: Any, tmp_path: Path) -> None:
+def test_unknown_and_repeated_variant(stand_in: Server, run_load: Any, tmp_path: Path) -> None:
     out = ("--out", str(tmp_path / "run"))
     code, message = run_load("--url", stand_in.url, "--models", "fast,slwo", *out)
     assert code == 2
@@ -416,14 +334,14 @@ def test_bad_prompts(name: str, text: str | None, said: str, run_load: Any, tmp_
     assert said in message
 
 
-def test_a_folder_that_holds_a_run_is_not_written_over(stand_in: _Server, run_load: Any, tmp_path: Path) -> None:
+def test_a_folder_that_holds_a_run_is_not_written_over(stand_in: Server, run_load: Any, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text("{}")
     code, message = run_load("--url", stand_in.url, "--out", str(tmp_path))
     assert code == 2
     assert "already holds a run" in message
 
 
-def test_where_nothing_can_be_written_is_said_before_the_run(stand_in: _Server, run_load: Any, tmp_path: Path) -> None:
+def test_where_nothing_can_be_written_is_said_before_the_run(stand_in: Server, run_load: Any, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
     before = sorted(tmp_path.iterdir())
@@ -573,9 +491,9 @@ def test_locust_waits_longer_than_a_request_may_take(timeout_s: float, tmp_path:
 
 
 @pytest.mark.parametrize("models", ["[]", "{}", '{"data": []}', '{"data": [1]}', "<html>"])
-def test_a_server_that_is_not_ours(models: str, stand_in: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_not_ours(models: str, stand_in: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        _StandIn, "do_GET", lambda self: self._answer(200, json.loads(models) if models[0] != "<" else 3)
+        StandIn, "do_GET", lambda self: self._answer(200, json.loads(models) if models[0] != "<" else 3)
     )
     with pytest.raises(BadInput):
         planning.served_models(stand_in.url)

@@ -1,0 +1,286 @@
+"""Rounds of visits, each round kept when it is finished: design and workload in, a run folder out.
+
+    warm-up   one discarded visit of each arm, at every start of the load
+    round     a visit of each arm, in the design's order -> samples and blocks, written together
+    look      after each full cycle: is it settled?
+
+A round that was cut short leaves nothing, so that a comparison that was killed goes on with the round that it was in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import polars as pl
+
+from actuary import ActuaryError
+from loadtest.compare import store
+from loadtest.compare.design import Design, Visit
+from loadtest.compare.generator import Generator, GeneratorDied, Place, Seen
+from loadtest.compare.server import Meter, OwnServer, ServerDied, pid_at, ready
+from loadtest.compare.workloads import Workload
+from loadtest.samples import KEPT_SHARE, too_slow
+
+DIGITS = 6  # of a second, in a round's facts
+VOID_ROUNDS = 3  # in a row, with no block that counts, end a comparison
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM."""
+
+
+class Progress(Protocol):
+    """Who is told how it goes; `terminal.py` draws it."""
+
+    def starting(self, what: str) -> None: ...
+
+    def visiting(self, number: int, position: int, arm: str) -> None: ...
+
+    def finished(self, number: int, blocks: pl.DataFrame) -> None: ...
+
+    def say(self, sentence: str) -> None: ...
+
+
+@dataclass
+class Comparison:
+    """What `measure` runs."""
+
+    design: Design
+    workload: Workload
+    folder: Path
+    url: str
+    own: OwnServer | None  # of the comparison; None where --url names another's
+    restart: Callable[[], OwnServer] | None
+    warm: Callable[[], None]  # before the load, where the workload is sent to a warm cache
+    place: Place
+    progress: Progress
+    interrupted: bool = False
+    said: list[str] = field(default_factory=list)  # since the last round that was kept
+
+    def look(self) -> None:
+        """Between two looks at Locust: is there a reason to stop?"""
+        if self.interrupted:
+            raise Interrupted
+        if self.own:
+            self.own.check()
+
+
+@contextlib.contextmanager
+def stopping(comparison: Comparison) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the round in work, and what was kept is judged."""
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        comparison.interrupted = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+Settled = Callable[[pl.DataFrame], bool]
+
+
+def measure(comparison: Comparison, settled: Settled) -> str:
+    """Measures what is missing. "settled", "minutes" or "interrupted": why it ended.
+
+    A Locust or a server of ours that dies is started again, once for each round; ActuaryError when that is not enough.
+    """
+    kept = store.read(comparison.folder)
+    blocks, number = kept.blocks, len(kept.rounds)
+    state = _State(comparison, number, blocks, _run_s(blocks))
+    died_in = -1
+    while not state.full():
+        try:
+            return state.load(settled)
+        except Interrupted:
+            return "interrupted"
+        except (GeneratorDied, ServerDied) as error:
+            again = comparison.restart is not None or isinstance(error, GeneratorDied)
+            if died_in == state.number or not again:
+                raise ActuaryError(
+                    f"{error}\n{state.number} rounds are kept; go on with --resume {comparison.folder}"
+                ) from error
+            died_in = state.number
+            sentence = f"{str(error).splitlines()[0].partition(';')[0]}; started again in round {state.number}"
+            comparison.said.append(sentence)
+            comparison.progress.say(sentence)
+            if isinstance(error, ServerDied) and comparison.restart:
+                comparison.own = comparison.restart()
+                comparison.url = comparison.own.url
+                comparison.own.wait(comparison.look)
+    return "minutes"
+
+
+def _run_s(blocks: pl.DataFrame) -> float:
+    """Seconds of load so far: a resumed run's clock goes on where it stopped."""
+    end = (pl.col("began_s") + pl.col("window_s")).max()
+    return float(blocks.select(end).item() or 0.0)
+
+
+class _State:
+    """How far a run is."""
+
+    def __init__(self, comparison: Comparison, number: int, blocks: pl.DataFrame, run_s: float) -> None:
+        self.comparison, self.design = comparison, comparison.design
+        self.number, self.blocks = number, blocks
+        self.origin = time.monotonic() - run_s  # of the run's clock
+        self.void_rounds = 0
+
+    def full(self) -> bool:
+        """Whether another round does not fit into the minutes; one always does."""
+        if not self.number:
+            return False
+        end_s = _run_s(self.blocks) + self.design.round_s
+        return self.number >= self.design.rounds or end_s > self.design.minutes * 60
+
+    def load(self, settled: Settled) -> str:
+        """From one start of Locust to its end."""
+        comparison, design = self.comparison, self.design
+        comparison.progress.starting("starting Locust")
+        with Generator(
+            comparison.url,
+            comparison.workload,
+            design.models,
+            design.users,
+            design.timeout_s,
+            comparison.place,
+            comparison.folder,
+            comparison.look,
+        ) as locust:
+            meter = Meter(comparison.own.process.pid if comparison.own else pid_at(comparison.url))
+            comparison.warm()
+            run_s = _run_s(self.blocks)
+            self._warm_up(locust)
+            self.origin = time.monotonic() - run_s
+            while not self.full():
+                self._round(locust, meter)
+                if self.number % design.cycle == 0 and not design.fixed and settled(self.blocks):
+                    return "settled"
+        return "minutes"
+
+    def _warm_up(self, locust: Generator) -> None:
+        visits = []
+        for arm in self.design.order(self.number):
+            self.comparison.progress.starting(f"warm-up: {arm}")
+            seen = locust.visit(self.design.visit(self.number, arm), lambda *_: None)
+            visits.append({"arm": arm, "model": self.design.model_of(arm), **_warm_facts(seen)})
+            self._check_alive(seen)
+        store.add_warmup(self.comparison.folder, {"at": _now(), "before_round": self.number, "visits": visits})
+
+    def _round(self, locust: Generator, meter: Meter) -> None:
+        began = _now()
+        frames, facts = [], []
+        for position, arm in enumerate(self.design.order(self.number)):
+            self.comparison.progress.visiting(self.number, position, arm)
+            visit = self.design.visit(self.number, arm)
+            window = _Window(meter)
+            seen = locust.visit(visit, window.on)
+            self._check_alive(seen)
+            where = {"round": self.number, "position": position, "arm": arm, "model": visit.model}
+            began_s = window.at["began"] - self.origin
+            facts.append(
+                {
+                    **where,
+                    "began_s": round(began_s + visit.settle_s, DIGITS),
+                    "window_s": visit.block_s,
+                    "cpu_s": window.cpu_s(visit.block_s),
+                    "rss_mb": window.rss_mb,
+                    "client_cpu_share": round(seen.cpu_share, 4),
+                    "void": why_void(seen.rows, visit),
+                }
+            )
+            frames.append(_frame(seen.rows, where, began_s))
+        samples = pl.concat(frames)
+        said, self.comparison.said = self.comparison.said, []
+        store.write_round(self.comparison.folder, self.number, samples, {"at": began, "blocks": facts, "said": said})
+        self.blocks = pl.concat([self.blocks, store.blocks_of(samples, facts)])
+        self.number += 1
+        self._check_void(facts)
+        self.comparison.progress.finished(self.number, self.blocks)
+
+    def _check_alive(self, seen: Seen) -> None:
+        """A server that is not ours is known to have died by the requests that it left unanswered."""
+        if any(row["failure"] for row in seen.rows) and not ready(self.comparison.url):
+            self.comparison.look()  # ours says how it ended
+            raise ServerDied(f"the server at {self.comparison.url} no longer answers")
+
+    def _check_void(self, facts: Sequence[dict[str, Any]]) -> None:
+        self.void_rounds = self.void_rounds + 1 if all(block["void"] for block in facts) else 0
+        if self.void_rounds == VOID_ROUNDS:
+            reasons = list(dict.fromkeys(block["void"] for block in facts))
+            raise ActuaryError(
+                f"no block of the last {VOID_ROUNDS} rounds counts: {'; '.join(reasons)}; "
+                f"{self.number} rounds are kept in {self.comparison.folder}"
+            )
+
+
+class _Window:
+    """What the server's process spends between the settling and the end of a block."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter, self.at = meter, dict[str, float]()
+        self.read: list[tuple[float, float | None]] = []
+        self.rss_mb: float | None = None
+
+    def on(self, name: str, at: float) -> None:
+        self.at[name] = at
+        if name in ("block", "ended"):
+            self.read.append((time.monotonic(), self.meter.cpu_s()))
+        if name == "ended":
+            self.rss_mb = self.meter.rss_mb()
+
+    def cpu_s(self, window_s: float) -> float | None:
+        """Of `window_s`: this process may be told a little late that it began or ended."""
+        (began, before), (ended, after) = self.read
+        if before is None or after is None:
+            return None
+        return round((after - before) * window_s / (ended - began), DIGITS)
+
+
+def why_void(rows: Sequence[dict[str, Any]], visit: Visit) -> str:
+    """Why a block does not count; empty where it does."""
+    measured = [row for row in rows if not row["settling"]]
+    failed = [row["failure"] for row in measured if row["failure"]]
+    if len(failed) == len(measured):
+        return f"nothing answered: {failed[0]}" if failed else "nothing sent"
+    if len(failed) > (1 - KEPT_SHARE) * len(measured):
+        return f"{len(failed)} of {len(measured)} requests failed: {failed[0]}"
+    return too_slow([row["late_ms"] for row in measured if not row["starved"]]) if visit.open else ""
+
+
+def _warm_facts(seen: Seen) -> dict[str, Any]:
+    good = [row for row in seen.rows if not row["failure"]]
+    first = min(good, key=lambda row: row["at_s"], default=None)
+    latencies = pl.Series([row["latency_ms"] for row in good], dtype=pl.Float64)
+    return {
+        "requests": len(seen.rows),
+        "failures": len(seen.rows) - len(good),
+        "first_ms": first and first["latency_ms"],
+        "p50_ms": latencies.median(),
+    }
+
+
+def _frame(rows: Sequence[dict[str, Any]], where: dict[str, Any], began_s: float) -> pl.DataFrame:
+    schema = {name: kind for name, kind in store.SAMPLES.items() if name not in where}
+    moved = [pl.col(name) + began_s for name in ("planned_s", "at_s")]
+    return (
+        pl.DataFrame(rows, schema=schema)
+        .with_columns(*moved, *(pl.lit(value, store.SAMPLES[name]).alias(name) for name, value in where.items()))
+        .select(store.SAMPLES.names())
+        .sort("at_s")
+    )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
