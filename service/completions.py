@@ -18,7 +18,7 @@ from typing import Any
 from service.choice import Choice, Piece, Prompt, ends_of, sampling_of
 from service.completions_schema import CompletionRequest
 from service.detokenizer import Detokenizer
-from service.engine import Done, Engine, Job
+from service.engine import Done, Job
 from service.errors import Invalid, shown
 from service.json_text import dumps
 from service.library import Library
@@ -32,6 +32,7 @@ from service.next_token import (
     check_length,
     here_or_in_a_thread,
 )
+from service.sequence import Runs
 from service.settings import Settings
 from service.variant import Variant
 
@@ -124,7 +125,7 @@ async def prepare(asked: CompletionRequest, library: Library, settings: Settings
     return Completing(asked, variant, prompts, perf_counter() - start)
 
 
-async def complete(asked: CompletionRequest, library: Library, engine: Engine, settings: Settings) -> Answered:
+async def complete(asked: CompletionRequest, library: Library, engine: Runs, settings: Settings) -> Answered:
     """The answer that is not streamed."""
     completing = await prepare(asked, library, settings)
     pieces: list[list[Piece]] = [[] for _ in range(completing.choices)]
