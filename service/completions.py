@@ -20,7 +20,7 @@ from pydantic_core import to_json
 from service.choice import Choice, Piece, Prompt, ends_of, sampling_of
 from service.completions_schema import CompletionRequest
 from service.detokenizer import Detokenizer
-from service.engine import Done, Engine, Job
+from service.engine import Done, Job
 from service.errors import Invalid, shown
 from service.library import Library
 from service.logprobs import Entries
@@ -33,6 +33,7 @@ from service.next_token import (
     check_length,
     here_or_in_a_thread,
 )
+from service.sequence import Runs
 from service.settings import Settings
 from service.variant import Variant
 
@@ -125,7 +126,7 @@ async def prepare(asked: CompletionRequest, library: Library, settings: Settings
     return Completing(asked, variant, prompts, perf_counter() - start)
 
 
-async def complete(asked: CompletionRequest, library: Library, engine: Engine, settings: Settings) -> Answered:
+async def complete(asked: CompletionRequest, library: Library, engine: Runs, settings: Settings) -> Answered:
     """The answer that is not streamed."""
     completing = await prepare(asked, library, settings)
     pieces: list[list[Piece]] = [[] for _ in range(completing.choices)]

@@ -66,6 +66,7 @@ class Engine:
         self._tokens = 0  # of all requests that are not answered
         self._bytes = 0  # of their rows, or of what readers keep of them
         self._token_s = 0.0  # moving average of a token's share of its batch
+        self.on_work: Callable[[], None] | None = None  # called as jobs come
         self.metrics = EngineMetrics()
 
     async def __aenter__(self) -> Self:
@@ -95,6 +96,11 @@ class Engine:
         """Jobs in the queue; those that are being computed do not count."""
         return self._waiting
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits or is computed."""
+        return not self._unfinished
+
     def tell(self) -> None:
         """Bring those metrics up to date that say how things are now."""
         running = sum(sequence.begun for sequence in self._unfinished)
@@ -106,6 +112,8 @@ class Engine:
         Raises ApiError: queue_full where not all of them fit, too_large where they never will, timeout where those
         with readers had no row in time, or one without had not its own, unavailable; and what a job's reader raised.
         """
+        if self.on_work:
+            self.on_work()
         tokens = sum(job.tokens for job in jobs)
         # A reader's rows are gone once it read them, but for what it makes of them.
         size = sum(job.bytes if job.reader else job.variant.row_bytes for job in jobs)
