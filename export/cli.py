@@ -217,22 +217,40 @@ def _random(name: str, config: ActuaryConfig) -> Checkpoint:
     show_default=True,
     help="Folder of `actuary ops build`.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Manifest and audit, node by node, as one JSON document.")
-def inspect(folder: Path, provider: Literal["auto", "cpu", "cuda"], ops: Path, as_json: bool) -> None:
+@click.option("--profile", is_flag=True, help="Instead: where its time goes on one core, by ONNX Runtime's profile.")
+@click.option("--tokens", type=click.IntRange(1), help="With --profile: of the prompt.  [default: 64, or the context]")
+@click.option("--json", "as_json", is_flag=True, help="Manifest and audit, or profile, as one JSON document.")
+def inspect(
+    folder: Path,
+    provider: Literal["auto", "cpu", "cuda"],
+    ops: Path,
+    profile: bool,
+    tokens: int | None,
+    as_json: bool,
+) -> None:
     """What is in a bundle, where its nodes run here, and one block as it was loaded.
 
-    Its files are found to be the ones its manifest names; then it is opened as the service would open it.
+    Its files are found to be the ones its manifest names; then it is opened as the service would open it. With
+    --profile it is run, and the time of the feed-forward block, of attention and of the head are told apart.
 
     \b
     Examples:
       actuary inspect artifacts/bundles/gelu
       actuary inspect artifacts/bundles/gelu --ops /nowhere     # without the fused operators
+      actuary inspect artifacts/bundles/gelu --profile --tokens 16
     """
     from export.audit import check_placement
     from export.bundle import read_bundle
     from export.inspection import draw_block, inspect_bundle
 
+    if tokens is not None and not profile:
+        raise BadInput("--tokens is the length of the prompt that --profile runs; give both or neither")
+    if profile and provider == "cuda":
+        raise BadInput("--profile measures one core of the CPU; leave --provider cuda out")
     manifest = read_bundle(folder)
+    if profile:
+        _profile(folder, manifest, ops, tokens, as_json)
+        return
     found: Inspection | None = None
     refused: BadInput | None = None
     try:
@@ -253,6 +271,29 @@ def inspect(folder: Path, provider: Literal["auto", "cpu", "cuda"], ops: Path, a
         raise refused
 
 
+def _profile(folder: Path, manifest: Manifest, ops: Path, tokens: int | None, as_json: bool) -> None:
+    from export.profiling import DEFAULT_TOKENS, profile_bundle
+
+    measured = profile_bundle(
+        folder, manifest, ops, min(DEFAULT_TOKENS, manifest.context) if tokens is None else tokens
+    )
+    if as_json:
+        click.echo(json.dumps({"name": manifest.name, **measured.model_dump()}, indent=2))
+        return
+    console = Console(highlight=False)
+    said = f"{manifest.name}: one prompt of {measured.tokens} tokens, one core, the middle of {measured.runs} runs"
+    console.print(said, markup=False, soft_wrap=True)
+    table = Table(box=None, header_style="bold")
+    table.add_column("part")
+    for heading in ("ms", "share"):
+        table.add_column(heading, justify="right")
+    for part in ("ffn", "  up", "  activation", "  down", "attention", "head", "other"):
+        name = part.strip()
+        table.add_row(part, f"{measured.ms[name]:.3f}", f"{measured.share[name]:.1%}")
+    table.add_row("all nodes", f"{measured.total_ms:.3f}", "")
+    console.print(table)
+
+
 def _described(folder: Path, manifest: Manifest, found: Inspection | None) -> Table:
     table = Table(box=None, show_header=False)
     table.add_column(style="bold")
@@ -269,7 +310,8 @@ def _described(folder: Path, manifest: Manifest, found: Inspection | None) -> Ta
         "paper": manifest.activation_info.paper,
         "head": manifest.head,
         "shape": f"{manifest.layers} layers, dim {manifest.dim}, {manifest.heads} heads, hidden {manifest.hidden}, "
-        f"context {manifest.context}, vocabulary {manifest.vocab_size}",
+        f"context {manifest.context}, vocabulary {manifest.vocab_size}"
+        + (f"; {manifest.gated_width} width of a gated form" if manifest.gated_width else ""),
         "parameters": f"{manifest.parameters:,}",
         "precision": f"{manifest.precision}, {manifest.flavor}, opset {manifest.opset}",
         "quality": quality,
@@ -334,7 +376,7 @@ def explain(activation: str, as_json: bool) -> None:
     import onnx
 
     from export.catalogue import describe
-    from export.graph import STANDARD
+    from export.graph_parts import STANDARD
     from export.ops.cpp_functor import cpp_functor
     from export.ops.onnx_function import onnx_function
     from export.ops.trace import trace

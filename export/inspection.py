@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import tempfile
 import textwrap
 from collections import Counter
@@ -27,6 +26,7 @@ from export.bundle import Manifest
 from export.onnx_file import OnnxFile
 from export.ops import library
 from export.ops.library import Library
+from export.wiring import Wiring, plain
 
 FATAL = 4  # what goes wrong is raised and reported by us
 WIDTH = 100  # columns of the drawing
@@ -67,18 +67,23 @@ def _in_session(folder: Path, manifest: Manifest, file: OnnxFile, provider: str,
     check_precision(manifest.precision, provider)
     if provider == CUDA:
         _preload()
-    built, info = library.find(ops), manifest.activation_info
-    unfused, fits = f"there are no fused operators in {ops}", None
-    if built:
-        unfused = built.why_not(info.name, info.digest, cuda=provider == CUDA)
-        fits = built if built.fits(info.name, info.digest, cuda=provider == CUDA) else None
+    fits, unfused = fitting(manifest, provider, ops)
     with tempfile.TemporaryDirectory() as scratch:
         saved = Path(scratch) / bundle.MODEL if loaded else None
-        session = _open(folder / bundle.MODEL, provider, fits, saved)
+        session = open_session(folder / bundle.MODEL, provider, fits, saved)
         graph = onnx_file.read(saved) if saved else None
     found = audit(session, file, manifest.precision, graph)
     foreseen = foreseen_on_cuda(file, manifest.precision) if provider == CPU else ""
     return Inspection(found, graph or file, unfused, foreseen)
+
+
+def fitting(manifest: Manifest, provider: str, ops: Path) -> tuple[Library | None, str]:
+    """The fused operators that a session of the bundle takes; and why its activation has no kernel of ours there."""
+    built, info, cuda = library.find(ops), manifest.activation_info, provider == CUDA
+    if not built:
+        return None, f"there are no fused operators in {ops}"
+    fits = built if built.fits(info.name, info.digest, cuda=cuda) else None
+    return fits, built.why_not(info.name, info.digest, cuda=cuda)
 
 
 def _preload() -> None:
@@ -90,10 +95,20 @@ def _preload() -> None:
         onnxruntime.preload_dlls()
 
 
-def _open(path: Path, provider: str, ops: Library | None, saved: Path | None) -> Any:
-    """A session of `path` that wrote its graph to `saved`, with the weights in a file beside it."""
+def open_session(
+    path: Path, provider: str, ops: Library | None, saved: Path | None, profile: Path | None = None, threads: int = 0
+) -> Any:
+    """A session of `path` that wrote its graph to `saved`, with the weights in a file beside it.
+
+    Args:
+        profile: how the file of times begins that it writes once its profiling ends; None: it takes none.
+        threads: of the session; 0: one for each core.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
+    options.intra_op_num_threads = threads
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     options.add_session_config_entry(RECORD, "1")
     if saved:
         options.optimized_model_filepath = str(saved)
@@ -128,67 +143,9 @@ def in_a_line(folder: Path, manifest: Manifest, ops: Path) -> str:
     return "; ".join([said, *found.audit.notes, f"on CUDA: {cuda}"])
 
 
-def _plain(name: str) -> str:
-    """A weight's own name: ONNX Runtime puts a word before it where a cast was moved into it."""
-    return re.sub(r"^(?:FusedBack_|InsertedPrecisionFreeCast_)+", "", name)
-
-
-class _Graph:
-    """Who feeds whom; nodes by their index."""
-
-    def __init__(self, graph: OnnxFile) -> None:
-        self.nodes, self.weights = graph.nodes, {name: _plain(name) for name in graph.weights}
-        self.makers = {name: i for i, node in enumerate(graph.nodes) for name in node.outputs if name}
-        self.before = [{self.makers[name] for name in node.inputs if name in self.makers} for node in graph.nodes]
-        self.after: list[set[int]] = [set() for _ in graph.nodes]
-        for i, makers in enumerate(self.before):
-            for maker in makers:
-                self.after[maker].add(i)
-
-    def reading(self, *prefixes: str) -> set[int]:
-        """Nodes that read a weight whose name begins so, and are no activation of ours."""
-        return {
-            i
-            for i, node in enumerate(self.nodes)
-            if (node.domain != bundle.DOMAIN or node.op_type in bundle.STRUCTURAL)
-            and any(self.weights.get(name, "").startswith(prefixes) for name in node.inputs)
-        }
-
-    def behind(self, start: Iterable[int]) -> set[int]:
-        return self._reached(start, self.after)
-
-    def between(self, start: Iterable[int], end: Iterable[int]) -> set[int]:
-        """Nodes on a way from `start` to `end`, without those two."""
-        start, end = set(start), set(end)
-        return (self.behind(start) & self._reached(end, self.before)) - start - end
-
-    def meeting(self, start: set[int], end: set[int]) -> tuple[int, str]:
-        """The node from `start` to `end` where another tensor is added first, and that tensor."""
-        for i in start:
-            if self.nodes[i].op_type == "Int8LinearAdd":  # adds its last input itself
-                return i, self.nodes[i].inputs[-1]
-        behind = self.behind(start) | start
-        on_the_way = (self.between(start, end) | end) - start
-        for i in sorted(on_the_way, key=lambda i: len(self._reached([i], self.before))):
-            for name in self.nodes[i].inputs:
-                if name in self.makers and self.makers[name] not in behind:
-                    return i, name
-        raise KeyError
-
-    @staticmethod
-    def _reached(start: Iterable[int], edges: list[set[int]]) -> set[int]:
-        seen: set[int] = set()
-        todo = list(start)
-        while todo:
-            new = edges[todo.pop()] - seen
-            seen |= new
-            todo += new
-        return seen
-
-
 def draw_block(found: Inspection, manifest: Manifest) -> str:
     """Block 0 as it was loaded, top to bottom, the residual stream on the left; or why there is none."""
-    g = _Graph(found.graph)
+    g = Wiring(found.graph)
     at = "blocks.0."
     norm1, norm2, up = (g.reading(f"{at}{role}.") for role in ("attention_norm", "ffn_norm", "up"))
     end = g.reading("blocks.1.attention_norm.") or g.reading("norm.")
@@ -250,7 +207,7 @@ def _operators(graph: OnnxFile, nodes: Iterable[int], at: str) -> str:
     count: Counter[str] = Counter()
     for i in sorted(nodes):
         node = graph.nodes[i]
-        read = [graph.weights.get(name, ()) for name in node.inputs if _plain(name).startswith(at)]
+        read = [graph.weights.get(name, ()) for name in node.inputs if plain(name).startswith(at)]
         matrices = [dims for dims in read if len(dims) == 2]
         matrices += [(4 * panels[1], step[0]) for panels, step in pairwise(read) if len(panels) == 4]  # Int8Linear's
         shape = next((f"{NO_BREAK}[{rows}x{columns}]" for rows, columns in matrices), "")

@@ -22,7 +22,7 @@ from loadtest import plan as planning
 from loadtest.compare import store
 from loadtest.compare.arms import Arms
 from loadtest.compare.design import AGAIN, Design
-from loadtest.compare.driver import Comparison, measure, stopping
+from loadtest.compare.driver import Comparison, Settled, measure, over, stopping
 from loadtest.compare.options import arguments_of, folder_to_resume, options, place_of, repeat
 from loadtest.compare.prompts import Lengths, Source, built_in, cut_corpus, make_workload, read_prompts, read_traffic
 from loadtest.compare.server import OwnServer
@@ -38,7 +38,7 @@ RESULT = "result.json"
 @click.command()
 @options
 @click.pass_context
-def compare(context: click.Context, **given: Any) -> None:
+def compare(context: click.Context, /, **given: Any) -> None:
     """Compare variants under load: which is slower, which faster, by how much, and how sure that is.
 
     Short blocks of load on one variant after another, in a balanced random order, until it is settled or the minutes
@@ -94,6 +94,8 @@ def _tidy(folder: Path, keep: bool) -> Iterator[None]:
 
 
 def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: Console) -> dict[str, Any]:
+    if resumed and (ended := _over(folder)):
+        return _result(folder, ended)
     source = None if resumed else _source(arguments)  # before a server is started
 
     def start() -> OwnServer:
@@ -121,7 +123,6 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
             run = _run(arguments, design, workload, served, url, own is not None)
             workload.write(folder / store.WORKLOAD)
             store.create(folder, run)
-        arms = Arms(url, {model: served[model] for model in design.models})
         with Terminal(design, console) as progress:
             comparison = Comparison(
                 design,
@@ -130,7 +131,7 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
                 url,
                 own,
                 start if own else None,
-                (lambda: arms.warm(workload)) if workload.cache == "warm" else (lambda: None),
+                lambda url: _warm(url, design, served, workload),
                 place_of(arguments),
                 progress,
             )
@@ -141,6 +142,11 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
         if own:
             own.stop()
     return _result(folder, ended)
+
+
+def _over(folder: Path) -> str:
+    kept = store.read(folder)
+    return over(Design.of_json(kept.run["design"]), kept.blocks, _settled(kept.run))
 
 
 def _source(arguments: dict[str, Any]) -> Source | None:
@@ -165,6 +171,11 @@ def _workload(source: Source, arms: Arms, arguments: dict[str, Any]) -> Workload
         top_k=arguments["top_k"],
         speed=arguments["speed"],
     )
+
+
+def _warm(url: str, design: Design, served: dict[str, dict[str, object]], workload: Workload) -> None:
+    if workload.cache == "warm":
+        Arms(url, {model: served[model] for model in design.models}).warm(workload)
 
 
 def _models(arguments: dict[str, Any], served: list[str]) -> tuple[str, ...]:
@@ -234,7 +245,7 @@ def _check_same(run: dict[str, Any], served: dict[str, dict[str, object]]) -> No
             raise BadInput(f"{model!r} is another bundle than when the run began; start a new run")
 
 
-def _settled(run: dict[str, Any]) -> Any:
+def _settled(run: dict[str, Any]) -> Settled:
     design = Design.of_json(run["design"])
 
     def settled(blocks: pl.DataFrame) -> bool:

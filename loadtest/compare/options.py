@@ -99,7 +99,9 @@ def arguments_of(given: dict[str, Any]) -> dict[str, Any]:
     if asked["traffic"] and asked["rate"]:
         raise BadInput("--rate: recorded traffic has its own times; --speed hurries them")
     if asked["users"] is None:
-        asked["users"] = free_users(asked["rate"]) if asked["rate"] else USERS_OF_TRAFFIC if asked["traffic"] else USERS
+        asked["users"] = (
+            free_users(float(asked["rate"])) if asked["rate"] else USERS_OF_TRAFFIC if asked["traffic"] else USERS
+        )
     if asked["variants"] is not None:
         names = [name.strip() for name in asked["variants"].split(",")]
         for name in names:
