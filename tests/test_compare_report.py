@@ -249,6 +249,30 @@ def test_no_frontier_without_quality(truth: Any, texts: int, said: str, tmp_path
     assert said in (folder / "report.md").read_text()
 
 
+def test_quality_of_trained_models_for_random_weights(tmp_path: Path, report_of: Report) -> None:
+    folder = judged(write_run(tmp_path / "run", truth=WITHOUT_QUALITY, rounds=8, void=()))
+    small = tmp_path / "small"
+    for name, (_, bits, _, _) in TRUTH.items():
+        for bundle_name, value in ((f"a-{name}", 9.9), (name, bits), (f"{name}-seed1", 9.9)):
+            (small / bundle_name).mkdir(parents=True)
+            quality = {"bits_per_byte": value, "ece": 0.1, "corpus_sha256": "c" * 64}
+            manifest = {"name": bundle_name, "activation": name, "head": "softmax", "layers": 4, "dim": 128}
+            (small / bundle_name / "manifest.json").write_text(json.dumps({**manifest, "quality": quality}))
+    code, output, errors = report_of(folder, "--quality-from", small, "--json", "-")
+    assert code == 0, errors
+    swiglu = next(arm for arm in json.loads(output)["arms"] if arm["model"] == "swiglu")
+    assert swiglu["bits_per_byte"]["value"] == 2.271
+    assert "-1.7 % bits per byte" in swiglu["sentence"]
+    markdown = (folder / "report.md").read_text()
+    assert "not of these weights, which say nothing, but of trained models" in markdown
+    assert "4 layers of C = 128" in markdown
+    assert "| swiglu | " in markdown.split("## What quality costs")[1]
+    assert json.loads((folder / "result.json").read_text())["arms"][0]["bits_per_byte"]["value"] is None
+    for where, said in ((tmp_path / "none", "holds no bundle"), (folder, "holds no bundle")):
+        code, _, errors = report_of(folder, "--quality-from", where)
+        assert (code, said in errors) == (2, True), errors
+
+
 def test_sweep_and_profile_are_drawn_where_they_are(stored: Path, tmp_path: Path, report_of: Report) -> None:
     titles = {part.title for part in parts_of(stored)}
     assert not titles & {"Latency against rate", "Inside infer"}
