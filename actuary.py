@@ -53,6 +53,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "serve": ("service.cli:serve", "serve", "Serve every bundle of a folder over HTTP."),
     "load": ("loadtest.cli:load", "load", "Put load on a running service, one row per variant."),
     "compare": ("loadtest.compare.cli:compare", "load", "Which variant is slower under load, and how sure that is."),
+    "report": ("loadtest.compare.report_cli:report_", "load", "Draw a stored run again, or set it against an old one."),
 }
 
 # verb: (where its click command is, the optional extra that it needs, one line for --help)

@@ -35,7 +35,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")  # of the lines after the first ten
 GREY = "#8a8f98"
 PARTS = {"queue": "#b5962b", "tokenize": "#8f7ae0", "infer": "#3b8bd0", "the rest": GREY}  # of an answer's time
 ECDF_POINTS = 800  # of evenly spaced quantiles; the tail above the last is drawn whole
-_CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": False}
+_CONFIG = {"responsive": False, "displaylogo": False, "displayModeBar": False}  # the page's own script fits the charts
 
 
 def ms(value: float | None) -> str:

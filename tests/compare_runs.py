@@ -59,7 +59,9 @@ def write_run(folder: Path, change: Callable[[dict[str, Any]], None] = lambda ru
             window = {"began_s": clock_s + 0.2, "window_s": 1.0, "cpu_s": 0.2 * factor * drift, "rss_mb": 410.0}
             blocks.append({**where, **window, "client_cpu_share": 0.3, "void": void})
             clock_s += 1.3
-        store.write_round(folder, number, pl.concat(samples), {"blocks": blocks})
+        store.write_round(folder, number, pl.concat(samples), {"at": run["started"], "blocks": blocks, "said": []})
+    visits = [{**arm, "requests": 9, "failures": 0, "first_ms": 31.0, "p50_ms": 6.2} for arm in run["arms"]]
+    store.add_warmup(folder, {"at": run["started"], "before_round": 0, "visits": visits})
     return folder
 
 
@@ -84,7 +86,10 @@ def record(asked: Spec) -> dict[str, Any]:
         "command": f"actuary compare {variants} --minutes 5 {load} --seed {asked.seed}",
         "url": "http://127.0.0.1:41234",
         "own_server": True,
-        "workload": {"kind": "next-token", "from": "held-out corpus", "prompts": 256, "tokens": [8, 64]},
+        "workload": {
+            "source": "256 prompts of the held-out corpus", "requests": 256, "cache": "cold", "sent_as": "ids",
+            "prompt_tokens": {"min": 8, "mean": 31.5, "max": 64}, "generated_tokens": None,
+        },
     }  # fmt: skip
 
 
@@ -94,7 +99,8 @@ def facts(model: str, asked: Spec) -> dict[str, Any]:
     quality = {"bits_per_byte": bits, "ece": 0.02, "corpus_sha256": "c" * 64}
     return {
         "id": model, "activation": model, "kind": "gated" if model == "swiglu" else "pointwise", "head": "softmax",
-        "precision": "fp32", "flavor": "ort", "layers": 6, "dim": 384, "heads": 6, "hidden": hidden, "context": 256,
+        "precision": "fp32", "flavor": "ort", "layers": 6, "dim": 384, "heads": 6, "hidden": hidden,
+        "gated_width": "matched" if model == "swiglu" else None, "context": 256,
         "vocab_size": 8192, "parameters": parameters, "provider": "CPUExecutionProvider", "unfused": [],
         "quality": None if bits is None else quality,
         "files": {"model.onnx": hashlib.sha256(model.encode()).hexdigest(), "tokenizer.json": "a" * 64},
@@ -115,6 +121,8 @@ def _requests(
         "tokenize_ms": 0.11, "infer_ms": infer_ms, "total_ms": 1.06 * infer_ms + 0.15, "ttft_ms": np.nan,
         "itl_ms": np.nan, "tokens": 0, "settling": np.arange(count) < 5, "failure": "",
     }  # fmt: skip
-    return pl.DataFrame(columns).with_columns(pl.lit(value).alias(name) for name, value in where.items()).select(
-        pl.col(name).cast(kind) for name, kind in store.SAMPLES.items()
+    return (
+        pl.DataFrame(columns)
+        .with_columns(pl.lit(value).alias(name) for name, value in where.items())
+        .select(pl.col(name).cast(kind) for name, kind in store.SAMPLES.items())
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,12 @@ import plotly.graph_objects as go
 import polars as pl
 
 from loadtest import page
+from loadtest.compare.design import AGAIN
 from loadtest.compare.frontier import Point
-from loadtest.compare.words import AGAIN, medians, name_of, percent, whole
-from loadtest.page import GREY, colour, figure, line, log_ticks
+from loadtest.compare.statistics import whole_rounds
+from loadtest.compare.verdict import percent
+from loadtest.compare.words import medians, name_of
+from loadtest.page import GREY, colour, figure, log_ticks
 
 # By outcome: red costs, green saves, blue is the same, grey is not known. Shapes tell them apart without the colour.
 OUTCOMES = {
@@ -31,21 +35,30 @@ def in_percent(ratio: float) -> float:
     return (ratio - 1) * 100
 
 
-def forest(result: Mapping[str, Any]) -> go.Figure:
-    """Each arm's ratio of p50 with its interval, slowest on top, the A/A arm last; the margin is shaded."""
-    drawn = figure(f"p50 over {result['baseline']}, %", "", hovermode="closest")
-    arms = [arm for arm in result["arms"] if arm["model"] != result["baseline"] and arm["p50"]]
+Rows = Sequence[tuple[str, Mapping[str, Any]]]  # (arm, {"ratio", "low", "high"})
+
+
+def forest(found: Mapping[str, Any], x_title: str) -> go.Figure:
+    """Each arm's ratio of p50 with its interval, largest on top, the A/A arm last; the margin is shaded.
+
+    `found` is a verdict, or what `against.compare` found.
+    """
+    drawn = figure(x_title, "", hovermode="closest")
+    arms = [arm for arm in found["arms"] if arm["p50"]]
     arms.sort(key=lambda arm: -arm["p50"]["ratio"])
-    again = name_of(result["baseline"] + AGAIN)
-    names = [*(arm["model"] for arm in arms), again]
-    margin = result["margin"] * 100
-    drawn.add_vrect(x0=-margin, x1=margin, fillcolor=BAND, line_width=0, layer="below")
+    check = name_of(found["baseline"] + AGAIN)
+    names = [*(arm["model"] for arm in arms), check]
+    margin = found["margin"]
+    drawn.add_vrect(
+        x0=in_percent(1 / (1 + margin)), x1=in_percent(1 + margin), fillcolor=BAND, line_width=0, layer="below"
+    )
     drawn.add_vline(x=0, line={"color": GREY, "width": 1})
     for outcome, (paint, symbol) in OUTCOMES.items():
         rows = [(arm["model"], arm["p50"]) for arm in arms if arm["outcome"] == outcome]
         if rows:
             _whiskers(drawn, rows, outcome, paint, symbol, size=12)
-    _whiskers(drawn, [(again, result["aa"])], "A/A check", GREY, "diamond", size=11)
+    if found["aa"]["ratio"] is not None:
+        _whiskers(drawn, [(check, found["aa"])], "A/A check", GREY, "diamond", size=11)
     infer = [(arm["model"], arm["infer"]) for arm in arms if (arm.get("infer") or {}).get("ratio") is not None]
     if infer:
         _whiskers(drawn, infer, "server's infer alone", GREY, "line-ns-open", size=9, thin=True)
@@ -55,15 +68,7 @@ def forest(result: Mapping[str, Any]) -> go.Figure:
     return drawn
 
 
-def _whiskers(
-    drawn: go.Figure,
-    rows: Sequence[tuple[str, Mapping[str, Any]]],
-    name: str,
-    paint: str,
-    symbol: str,
-    size: int,
-    thin: bool = False,
-) -> None:
+def _whiskers(drawn: go.Figure, rows: Rows, name: str, paint: str, symbol: str, size: int, thin: bool = False) -> None:
     middle = [in_percent(measure["ratio"]) for _, measure in rows]
     drawn.add_scatter(
         x=middle,
@@ -74,8 +79,8 @@ def _whiskers(
         error_x={
             "type": "data",
             "symmetric": False,
-            "array": [in_percent(m["high"]) - x for (_, m), x in zip(rows, middle, strict=True)],
-            "arrayminus": [x - in_percent(m["low"]) for (_, m), x in zip(rows, middle, strict=True)],
+            "array": [_reach(measure, "high") for _, measure in rows],
+            "arrayminus": [-_reach(measure, "low") for _, measure in rows],
             "color": paint,
             "thickness": 1 if thin else 3,
             "width": 0 if thin else 5,
@@ -83,6 +88,11 @@ def _whiskers(
         opacity=0.75 if thin else 1,
         hovertemplate="%{y}: %{x:+.2f} %<extra>" + name + "</extra>",
     )
+
+
+def _reach(measure: Mapping[str, Any], end: str) -> float:
+    """From the middle of a bar to its end; 0 where the interval is open."""
+    return 0.0 if measure[end] is None else in_percent(measure[end]) - in_percent(measure["ratio"])
 
 
 def quality_against_latency(
@@ -111,7 +121,7 @@ def quality_against_latency(
             textposition=place,
             marker={"size": 12, "color": paint, "symbol": "circle" if point.best else "circle-open", "line_width": 2},
             error_x=_bar(x, in_percent(point.low), in_percent(point.high), paint),
-            error_y=None if point.bits_low is None else _bar(point.bits, point.bits_low, point.bits_high, paint),
+            error_y=_bar(point.bits, point.bits_low, point.bits_high, paint),
             hovertemplate=f"{point.model}: {percent(point.ratio)} p50, %{{y:.4f}} bits per byte<extra></extra>",
         )
     ticks = _steps(*x_range)
@@ -128,8 +138,7 @@ def quality_against_latency(
     return drawn
 
 
-def _bar(middle: float, low: float, high: float | None, paint: str) -> dict[str, Any]:
-    assert high is not None
+def _bar(middle: float, low: float, high: float, paint: str) -> dict[str, Any]:
     shape = {"color": paint, "thickness": 1.5, "width": 4}
     return {"type": "data", "symmetric": False, "array": [high - middle], "arrayminus": [middle - low], **shape}
 
@@ -137,7 +146,7 @@ def _bar(middle: float, low: float, high: float | None, paint: str) -> dict[str,
 def _room(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     """The axes' ranges: every bar, and space for the names beside the points."""
     xs = [in_percent(ratio) for point in points for ratio in (point.ratio, point.low, point.high)]
-    ys = [bits for point in points for bits in (point.bits, point.bits_low, point.bits_high) if bits is not None]
+    ys = [bits for point in points for bits in (point.bits, point.bits_low, point.bits_high)]
     ranges = []
     for values, least in ((xs, 1.0), (ys, 0.01)):
         pad = 0.15 * max(max(values) - min(values), least)
@@ -153,6 +162,7 @@ def _steps(low: float, high: float) -> list[float]:
 
 def _places(points: Sequence[Point], x_range: Sequence[float], y_range: Sequence[float]) -> list[str]:
     """Where each name stands: the first side on which it covers neither another point nor a name."""
+
     def across(ratio: float) -> float:
         return (in_percent(ratio) - x_range[0]) / (x_range[1] - x_range[0])
 
@@ -162,6 +172,9 @@ def _places(points: Sequence[Point], x_range: Sequence[float], y_range: Sequence
     spots = [(across(point.ratio), up(point.bits)) for point in points]
     boxes: list[tuple[float, ...]] = [(x - 0.012, y - 0.02, x + 0.012, y + 0.02) for x, y in spots]
     boxes += [(across(p.low), y - 0.008, across(p.high), y + 0.008) for p, (_, y) in zip(points, spots, strict=True)]
+    best = [spot for point, spot in zip(points, spots, strict=True) if point.best]
+    for (x, y), (next_x, next_y) in itertools.pairwise(best):  # the staircase
+        boxes += [(x, y - 0.004, next_x, y + 0.004), (next_x - 0.004, next_y, next_x + 0.004, y)]
     places = []
     for point, spot in zip(points, spots, strict=True):
         sides = {side: _box(side, spot, len(point.model)) for side in SIDES}
@@ -194,7 +207,12 @@ def time_line(blocks: pl.DataFrame, arms: Sequence[str]) -> go.Figure:
     drawn = figure("seconds since the load began", "p50 of a block, ms", hovermode="closest")
     measured = blocks.filter(pl.col("p50_ms").is_not_null() & pl.col("p50_ms").is_finite())
     middle = pl.col("began_s") + pl.col("window_s") / 2
-    rounds = whole(measured).group_by("round").agg(middle.mean().alias("at_s"), pl.col("p50_ms").median()).sort("at_s")
+    rounds = (
+        whole_rounds(measured)
+        .group_by("round")
+        .agg(middle.mean().alias("at_s"), pl.col("p50_ms").median())
+        .sort("at_s")
+    )
     drawn.add_scatter(
         x=rounds["at_s"].to_list(),
         y=rounds["p50_ms"].to_list(),
@@ -236,7 +254,7 @@ def time_line(blocks: pl.DataFrame, arms: Sequence[str]) -> go.Figure:
 
 def latencies(samples: pl.LazyFrame, blocks: pl.DataFrame, arms: Sequence[str]) -> dict[str, np.ndarray]:
     """Corrected latencies by arm, of answers that went well in rounds without a void block."""
-    rounds = whole(blocks)["round"].unique().implode()
+    rounds = whole_rounds(blocks)["round"].unique().implode()
     good = samples.filter(~pl.col("settling") & (pl.col("failure") == "") & pl.col("round").is_in(rounds))
     found = good.select("arm", (pl.col("latency_ms") + pl.col("late_ms")).alias("ms")).collect()
     return {arm: found.filter(pl.col("arm") == arm)["ms"].to_numpy() for arm in arms}

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loadtest.compare.words import Table, facts_of, interval, percent
+from loadtest.compare.verdict import percent
+from loadtest.compare.words import Table, facts_of, interval
 
 
 @dataclass(frozen=True)
@@ -15,41 +16,44 @@ class Point:
 
     model: str
     ratio: float
-    low: float
+    low: float  # the ratio itself where its interval is not known; bits likewise
     high: float
     bits: float
-    bits_low: float | None  # None where the spread of the quality is not known
-    bits_high: float | None
+    bits_low: float
+    bits_high: float
     best: bool = False  # no other is at least as good in both and better in one
 
 
 def points(run: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[list[Point], str]:
     """The variants whose quality is known, fastest first; or none, and why there is nothing to draw."""
-    facts = facts_of(run)
-    measured = {result["baseline"]: {"ratio": 1.0, "low": 1.0, "high": 1.0}}
-    measured |= {arm["model"]: arm["p50"] for arm in result["arms"] if arm["p50"] and arm["model"] in facts}
-    qualities = {model: facts[model]["quality"] for model in measured if facts.get(model, {}).get("quality")}
-    if not qualities:
+    facts = {model: each["quality"] for model, each in facts_of(run).items() if each.get("quality")}
+    if not facts:
         return [], (
             "No bits per byte here: the weights are random or their quality was not measured. Latency does not depend "
             "on what the weights say, quality does; it has to come from trained models of the same activations."
         )
-    texts = {quality["corpus_sha256"] for quality in qualities.values()}
-    if len(texts) > 1:
-        return [], "The variants' bits per byte are of different held-out texts, so they cannot be set beside each other."
-    if len(qualities) == 1:
-        return [], f"Only {next(iter(qualities))}'s quality is known; a frontier needs at least two."
-    found = [_point(model, measured[model], quality) for model, quality in qualities.items()]
-    return [replace(each, best=not any(_beats(other, each) for other in found)) for each in sorted(found, key=_place)], ""
+    if len({quality["corpus_sha256"] for quality in facts.values()}) > 1:
+        return (
+            [],
+            "The variants' bits per byte are of different held-out texts, so they cannot be set beside each other.",
+        )
+    baseline = result["baseline"]
+    # Over seeds, where there are several, the verdict has the mean: of the baseline too.
+    base = next((arm["bits_per_byte"]["baseline"] for arm in result["arms"] if arm["model"] in facts), None)
+    found = [Point(baseline, 1.0, 1.0, 1.0, base, base, base)] if baseline in facts and base is not None else []
+    found += [_point(arm, base) for arm in result["arms"] if arm["p50"] and arm["model"] in facts]
+    if len(found) < 2:
+        return [], f"Quality and latency are known of {found[0].model if found else 'none'} alone; it takes two."
+    found.sort(key=lambda point: (point.ratio, point.bits))
+    return [replace(each, best=not any(_beats(other, each) for other in found)) for each in found], ""
 
 
-def _place(point: Point) -> tuple[float, float]:
-    return point.ratio, point.bits
-
-
-def _point(model: str, p50: Mapping[str, float], quality: Mapping[str, Any]) -> Point:
-    low, high = quality.get("interval") or (None, None)
-    return Point(model, p50["ratio"], p50["low"], p50["high"], quality["bits_per_byte"], low, high)
+def _point(arm: Mapping[str, Any], base: float | None) -> Point:
+    p50, quality = arm["p50"], arm["bits_per_byte"]
+    ratio, bits = p50["ratio"], quality["value"]
+    low, high = (ratio if p50[end] is None else p50[end] for end in ("low", "high"))
+    least, most = (bits if base is None or quality[end] is None else base * quality[end] for end in ("low", "high"))
+    return Point(arm["model"], ratio, low, high, bits, least, most)
 
 
 def _beats(one: Point, other: Point) -> bool:
@@ -71,9 +75,9 @@ def said(found: list[Point], left_out: list[str]) -> str:
     words += f": {', '.join(best)}" if len(best) < len(found) else ", which here are all of them"
     words += ". Bars are intervals of the paired difference in latency; where they overlap, the order is not certain"
     words += (
-        ", and of the quality."
-        if any(point.bits_low is not None for point in found)
-        else "; the quality is one training's, so its spread over seeds is not known."
+        "; those of the quality are over seeds."
+        if any(point.bits_low < point.bits_high for point in found)
+        else "; the quality is of one training each, so how far another would move it is not known."
     )
     return words + (f" Not drawn, for its quality is not known: {', '.join(left_out)}." if left_out else "")
 
@@ -83,11 +87,11 @@ def table(found: list[Point], baseline: str, baseline_ms: float | None) -> Table
     rows = []
     for point in found:
         p50 = "-" if baseline_ms is None else f"{baseline_ms * point.ratio:.2f}"
-        versus = percent(point.bits / bits[baseline]) if baseline in bits else "-"
-        latency = "baseline" if point.model == baseline else interval(
-            {"ratio": point.ratio, "low": point.low, "high": point.high}
+        versus = percent(point.bits / bits[baseline]) if baseline in bits and point.model != baseline else "-"
+        latency = (
+            "baseline"
+            if point.model == baseline
+            else interval({"ratio": point.ratio, "low": point.low, "high": point.high})
         )
         rows.append((point.model, p50, latency, f"{point.bits:.4f}", versus, "yes" if point.best else ""))
-    return Table(
-        ("variant", "p50, ms", "latency", "bits per byte", "difference", "on the frontier"), tuple(rows)
-    )
+    return Table(("variant", "p50, ms", "latency", "bits per byte", "difference", "on the frontier"), tuple(rows))

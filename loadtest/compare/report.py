@@ -10,15 +10,21 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import polars as pl
 
 from loadtest import page
-from loadtest.compare import charts, frontier, words
+from loadtest.compare import against, charts, frontier, words
+from loadtest.compare.design import AGAIN
+from loadtest.compare.store import Run
 from loadtest.compare.words import Table
 from loadtest.page import ms
+from loadtest.shared import write
+
+NAME = "report"  # .html and .md
 
 
 @dataclass(frozen=True)
@@ -29,15 +35,28 @@ class Section:
     table: Table | None = None
 
 
-def sections(
-    run: Mapping[str, Any], result: Mapping[str, Any], blocks: pl.DataFrame, samples: pl.LazyFrame
-) -> list[Section]:
-    """Of `result`, the verdict over `blocks`, which sum up `samples`."""
-    arms = words.arms_of(run)
-    latencies = charts.latencies(samples, blocks, arms)
+def write_files(
+    folder: Path, run: Run, result: Mapping[str, Any], found: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Draws `run`, judged as `result`, into its folder; with `found`, of `against.compare`, under a name of its own."""
+    parts = sections(run, result)
+    name = NAME
+    if found:
+        parts.insert(0, _against(found))
+        name = f"against-{Path(found['old']).name}"
+    files = {f"{name}.html": draw(run, result, parts), f"{name}.md": markdown(run, result, parts)}
+    for file, text in files.items():
+        write(folder / file, text)
+    return [folder / file for file in files]
+
+
+def sections(run: Run, result: Mapping[str, Any]) -> list[Section]:
+    """Of `result`, the verdict over the run's blocks."""
+    arms = words.arms_of(run.run)
+    latencies = charts.latencies(run.samples, run.blocks, arms)
     return [
-        _differences(result, blocks),
-        _frontier(run, result, blocks),
+        _differences(run, result),
+        _frontier(run.run, result, run.blocks),
         Section(
             "How long answers take",
             "Share of answers that took at most so long, each arm over the whole run. Further left is faster; the axis "
@@ -46,21 +65,35 @@ def sections(
             words.quantiles_table(latencies),
         ),
         *_sweep(result),
-        _time_line(blocks, arms),
-        *_server(blocks, arms),
+        _time_line(run.blocks, arms),
+        *_server(run.blocks, arms),
         *_ffn(result),
-        Section("What was compared", words.widths(run, result), None, words.facts_table(run, result)),
+        *_cold(run, arms),
+        Section("What was compared", words.widths(run.run), None, words.facts_table(run.run)),
     ]
 
 
-def _differences(result: Mapping[str, Any], blocks: pl.DataFrame) -> Section:
-    margin, sure = result["margin"] * 100, (1 - result["alpha"]) * 100
+def _against(found: Mapping[str, Any]) -> Section:
+    rows = [(arm["model"], arm["outcome"], *map(words.interval, (arm["then"], arm["now"], arm["p50"])))
+            for arm in found["arms"]]  # fmt: skip
+    rows.append((words.name_of(found["baseline"] + AGAIN), "check", "", "", words.interval(found["aa"])))
     return Section(
-        f"Over {result['baseline']}",
-        f"p50 of each arm over {result['baseline']}'s in the same round, with its {sure:g} % interval; to the right is "
-        f"slower. An interval within the shaded {margin:g} % counts as no difference that matters.",
-        charts.forest(result),
-        words.arms_table(result, blocks),
+        f"Against {Path(found['old']).name}",
+        against.said(found),
+        charts.forest(found, "p50 now over then, %"),
+        Table(("variant", "outcome", f"then, over {found['baseline']}", "now", "now over then"), tuple(rows)),
+    )
+
+
+def _differences(run: Run, result: Mapping[str, Any]) -> Section:
+    margin, sure, base = result["margin"] * 100, (1 - result["alpha"]) * 100, result["baseline"]
+    return Section(
+        f"Over {base}",
+        f"p50 of each arm over {base}'s two blocks in the same round; to the right is slower. The intervals hold "
+        f"together, and at every look, at {sure:g} %. One that lies within the shaded {margin:g} % shows no difference "
+        "that matters.",
+        charts.forest(result, f"p50 over {base}, %"),
+        words.arms_table(run.run, result, run.blocks),
     )
 
 
@@ -130,21 +163,43 @@ def _ffn(result: Mapping[str, Any]) -> list[Section]:
     ]
 
 
-def about(run: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, str]:
+def _cold(run: Run, arms: Sequence[str]) -> list[Section]:
+    """The discarded warm-up: what the first who ask have to wait."""
+    if not run.warmup:
+        return []
+    first = {visit["arm"]: visit for visit in run.warmup[0]["visits"]}
+    blocks = words.medians(run.blocks, ["p50_ms"])
+    rows = [
+        (words.name_of(arm), ms(first[arm]["first_ms"]), ms(first[arm]["p50_ms"]), ms(blocks[arm]["p50_ms"]))
+        for arm in arms
+        if arm in first and arm in blocks
+    ]
+    return [
+        Section(
+            "Cold and warm",
+            "The first visit of each arm after the start of the load is in none of the other figures. One visit each, "
+            "so these are single measurements.",
+            None,
+            Table(("arm", "first answer, ms", "p50 of the first visit", "p50 of its blocks"), tuple(rows)),
+        )
+    ]
+
+
+def about(run: Run) -> dict[str, str]:
     """What it takes to repeat the comparison, in plain text; the first is a command."""
-    machine, design, workload = run["machine"], run["design"], run["workload"]
-    server = "its own, started and stopped by the comparison" if run["own_server"] else run["url"]
+    record, design = run.run, run.run["design"]
+    shown = ("block_s", "settle_s", "minutes", "users", "rate", "arrivals", "cycle", "seed", "timeout_s", "fixed")
     return {
-        "Repeat it": run["command"],
-        "Design": _pairs(design),
-        "Workload": _pairs(workload),
-        "Server": server,
-        "Machine": _pairs(machine),
-        "Versions": _pairs(run["versions"]),
+        "Repeat it": record["command"],
+        "Design": "blocks in Williams' order, " + _pairs({name: design.get(name) for name in shown}),
+        "Workload": words.workload(record),
+        "Server": "its own, started and stopped by the comparison" if record["own_server"] else record["url"],
+        "Machine": _pairs(record["machine"]),
+        "Versions": _pairs(record["versions"]),
         "Figures": (
-            f"latency in ms from {'the planned send' if design.get('rate') else 'the send'} to the last byte, of "
-            "answers that went well; raw samples in rounds/*.parquet, the verdict in result.json, bundles' sha256 in "
-            "full in run.json"
+            f"latency in ms from {'the send' if design['rate'] is None else 'the planned send'} to the last byte, of "
+            "answers that went well; raw samples in rounds/*.parquet, the verdict in result.json, the bundles' sha256 "
+            "in full in run.json"
         ),
     }
 
@@ -161,18 +216,20 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def draw(run: Mapping[str, Any], result: Mapping[str, Any], parts: Sequence[Section]) -> str:
+def draw(run: Run, result: Mapping[str, Any], parts: Sequence[Section]) -> str:
     """The page."""
-    facts = {name: html.escape(said) for name, said in about(run, result).items()}
+    facts = {name: html.escape(said) for name, said in about(run).items()}
     facts["Repeat it"] = f"<code>{facts['Repeat it']}</code>"
     unfit = words.unfit(result)
     return page.page(
         kind="compare",
         alarm=f'<p class="alarm">{html.escape(unfit)}</p>' if unfit else "",
-        headline=words.headline(run, result),
-        lead=words.lead(run, result),
-        top=page.notes(words.notes(run, result)) + _verdict(result),
-        cards=[page.card(part.title, part.said, _inside(part, i), wide=part.figure is None) for i, part in enumerate(parts)],
+        headline=words.headline(result),
+        lead=words.lead(run.run, result),
+        top=page.notes(words.notes(run.run, result)) + _verdict(result),
+        cards=[
+            page.card(part.title, part.said, _inside(part, i), wide=part.figure is None) for i, part in enumerate(parts)
+        ],
         facts=facts,
     )
 
@@ -196,12 +253,12 @@ def _inside(part: Section, index: int) -> str:
     return page.chart(part.figure, f"chart{index}") + folded
 
 
-def markdown(run: Mapping[str, Any], result: Mapping[str, Any], parts: Sequence[Section]) -> str:
+def markdown(run: Run, result: Mapping[str, Any], parts: Sequence[Section]) -> str:
     """The twin of the page: its words and tables, without its pictures."""
     unfit = words.unfit(result)
     lines = [f"> **{unfit}**", ""] if unfit else []
-    lines += [f"# {_md(words.headline(run, result))}", "", _md(words.lead(run, result)), ""]
-    lines += [f"> {_md(note)}\n" for note in words.notes(run, result)]
+    lines += [f"# {_md(words.headline(result))}", "", _md(words.lead(run.run, result)), ""]
+    lines += [f"> {_md(note)}\n" for note in words.notes(run.run, result)]
     lines += ["## Verdict", ""]
     lines += [f"- **{outcome}** {_md(sentence)}" for outcome, sentence in words.sentences(result)]
     lines += ["", _md(words.aa(result)), ""]
@@ -209,7 +266,7 @@ def markdown(run: Mapping[str, Any], result: Mapping[str, Any], parts: Sequence[
         lines += [f"## {part.title}", ""]
         lines += [_md(part.said), ""] if part.said else []
         lines += [*_md_table(part.table), ""] if part.table else []
-    facts = about(run, result)
+    facts = about(run)
     lines += ["## To repeat it", "", "```sh", facts.pop("Repeat it"), "```", ""]
     lines += [f"- {name}: {_md(said)}" for name, said in facts.items()]
     return "\n".join(lines) + "\n"

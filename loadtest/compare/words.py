@@ -9,23 +9,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import polars as pl
 
+from loadtest.compare import verdict
+from loadtest.compare.design import AGAIN
+from loadtest.compare.statistics import LEAST_ROUNDS, whole_rounds
 from loadtest.page import ms
 
-AGAIN = ":again"  # the end of the name of the arm that is the baseline once more
 DIGEST = 12  # hex digits shown of a sha256; 48 bits tell the bundles of one project apart
-# What is compared beside the primary measure, and how its column is headed.
-MEASURES = {
-    "p50": "p50",
-    "p90": "p90",
-    "p99": "p99",
-    "mean": "mean",
-    "infer": "infer (server)",
-    "throughput": "answers/s",
-    "cpu": "CPU/request",
-    "memory": "memory",
+# The measures of the table, how each is headed and what it is counted in. Left out where it was not measured.
+SHOWN = {
+    "p50": ("p50", " ms"),
+    "p90": ("p90", " ms"),
+    "p99": ("p99", " ms"),
+    "mean": ("mean", " ms"),
+    "uncorrected_p50": ("p50 uncorrected", " ms"),
+    "uncorrected_p99": ("p99 uncorrected", " ms"),
+    "infer": ("infer (server)", " ms"),
+    "ttft": ("first token", " ms"),
+    "itl": ("between tokens", " ms"),
+    "throughput": ("answers/s", "/s"),
+    "tokens_per_s": ("tokens/s", "/s"),
+    "cpu": ("CPU/request", " ms"),
+    "memory": ("memory", " MB"),
 }
+OPEN_LOOP = ("uncorrected_p50", "uncorrected_p99")  # in a closed loop they are p50 and p99
 
 
 @dataclass(frozen=True)
@@ -34,77 +43,70 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def percent(ratio: float) -> str:
-    return f"{_round(ratio):+.1f} %"
-
-
 def interval(measure: Mapping[str, Any] | None) -> str:
     """`+2.1 % [1.2, 3.0]` of {"ratio", "low", "high"}; `-` where it was not measured."""
-    if not measure or measure.get("ratio") is None:
-        return "-"
-    if measure.get("low") is None or measure.get("high") is None:
-        return percent(measure["ratio"])
-    return f"{percent(measure['ratio'])} [{_round(measure['low']):.1f}, {_round(measure['high']):.1f}]"
-
-
-def _round(ratio: float) -> float:
-    return round((ratio - 1) * 100, 1) + 0.0  # not -0.0
+    return "-" if not measure or measure["ratio"] is None else verdict.interval(dict(measure))
 
 
 def name_of(arm: str) -> str:
     return f"{arm.removesuffix(AGAIN)} (A/A)" if arm.endswith(AGAIN) else arm
 
 
-def load_of(design: Mapping[str, Any]) -> str:
+def load_of(run: Mapping[str, Any]) -> str:
     """The load in a few words."""
-    completions = design.get("completions")
-    what = f"completions of {completions} tokens" if completions else "next-token requests"
-    if design.get("rate"):
-        return f"{what}, {design['rate']:g} {design.get('arrivals', 'constant')} arrivals/s"
-    users = design.get("users") or 1
-    return f"{what}, {users} user{'s' if users > 1 else ''} in a closed loop"
+    design, tokens = run["design"], run["workload"].get("generated_tokens")
+    what = f"completions of {tokens['mean']:g} tokens" if tokens else "next-token requests"
+    if design["arrivals"] == "recorded":
+        return f"{what}, as recorded traffic came"
+    if design["rate"]:
+        return f"{what}, {design['rate']:g} {design['arrivals']} arrivals/s"
+    return f"{what}, {design['users']} user{'s' if design['users'] > 1 else ''} in a closed loop"
 
 
-def headline(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    others = [arm["model"] for arm in result["arms"] if arm["model"] != result["baseline"]]
-    return f"{', '.join(others)} against {result['baseline']}"
+def headline(result: Mapping[str, Any]) -> str:
+    return f"{', '.join(arm['model'] for arm in result['arms'])} against {result['baseline']}"
 
 
 def lead(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    design, arms = run["design"], len(run["arms"])
+    design, arms, load = run["design"], len(run["arms"]), load_of(run)
     started = run["started"].replace("T", " ").replace("+00:00", " UTC")
     void = f", {result['void_rounds']} of them void" if result.get("void_rounds") else ""
     return (
-        f"{load_of(design)[0].upper()}{load_of(design)[1:]}; {result['rounds']} rounds{void}, each of one block of "
+        f"{load[0].upper()}{load[1:]}; {result['rounds']} rounds{void}, each of one block of "
         f"{design['block_s']:g} s on each of {arms} arms, in balanced order. {started}"
     )
 
 
 def unfit(result: Mapping[str, Any]) -> str:
-    """The sentence for the very top where the machine was not fit, else nothing."""
+    """The sentence for the very top where nothing may be claimed, else nothing."""
     if result["fit"]:
         return ""
+    if result["aa"]["ratio"] is None:
+        return (
+            f"Too few rounds for any claim: {result['rounds'] - result['void_rounds']} count, and it takes "
+            f"{LEAST_ROUNDS}. Measure longer."
+        )
     return (
         f"Do not trust the differences below: this machine was not fit. {result['baseline']} against itself (A/A) "
-        f"came out at {interval(result['aa'])} p50, where 0 is the truth. Close what else runs, or measure longer."
+        f"came out at {interval(result['aa'])} p50, where 0 is the truth. Stop what else runs, or measure longer."
     )
 
 
 def aa(result: Mapping[str, Any]) -> str:
-    found = "which holds 0: fit" if result["fit"] else "which it should not: not fit"
+    if result["aa"]["ratio"] is None:
+        return "The machine's own check, the baseline against itself (A/A), has too few rounds."
+    found = "no difference that matters, so the machine was fit" if result["fit"] else "so the machine was not fit"
     return f"{result['baseline']} against itself (A/A, the machine's own check): {interval(result['aa'])} p50, {found}."
 
 
 def sentences(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(outcome, sentence) of each arm against the baseline."""
-    return [(arm["outcome"], arm["sentence"]) for arm in result["arms"] if arm["model"] != result["baseline"]]
+    return [(arm["outcome"], arm["sentence"]) for arm in result["arms"]]
 
 
 def notes(run: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     """What a reader must know before trusting a figure."""
-    said = list(result.get("notes", []))
-    if result.get("unfinished"):
-        said.append(result["unfinished"])
+    said = list(result.get("said", []))
     facts = facts_of(run)
     for field, word in (("precision", "precision"), ("layers", "number of layers"), ("dim", "width C"),
                         ("vocab_size", "vocabulary"), ("context", "context"), ("provider", "provider"),
@@ -129,19 +131,12 @@ def facts_of(run: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {arm["model"]: arm["facts"] or {} for arm in run["arms"] if not arm["arm"].endswith(AGAIN)}
 
 
-def width(facts: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
+def width(facts: Mapping[str, Any]) -> str:
     """The hidden width H, and for a gated form whether it is the matched or the full one."""
     if not facts.get("hidden") or not facts.get("dim"):
         return "-"
     said = f"{facts['hidden']} = {facts['hidden'] / facts['dim']:.2g} C"
-    if facts.get("kind") != "gated":
-        return said
-    if facts["hidden"] == baseline.get("hidden") and baseline.get("kind") != "gated":
-        return f"{said}, full"
-    # Three matrices of C x H instead of two: as many weights at two thirds of 4 C, in whole vectors of 8 floats.
-    if abs(facts["hidden"] - 8 * facts["dim"] / 3) <= 8:
-        return f"{said}, matched"
-    return f"{said}, full" if facts["hidden"] == 4 * facts["dim"] else said
+    return f"{said}, {facts['gated_width']}" if facts.get("gated_width") else said
 
 
 def digests(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -149,49 +144,32 @@ def digests(facts: Mapping[str, Any]) -> dict[str, str]:
     return dict(facts.get("files") or {})
 
 
-def arms_table(result: Mapping[str, Any], blocks: pl.DataFrame) -> Table:
+def arms_table(run: Mapping[str, Any], result: Mapping[str, Any], blocks: pl.DataFrame) -> Table:
     """Every measure of every arm: the baseline as it is, the others as a difference from it."""
-    measured = [name for name in MEASURES if any(_of(arm, name) for arm in result["arms"])]
-    columns = {"p50": "p50_ms", "p90": "p90_ms", "p99": "p99_ms", "mean": "mean_ms", "infer": "infer_ms",
-               "throughput": "requests_per_s", "cpu": "cpu_ms", "memory": "rss_mb"}  # fmt: skip
-    units = {"throughput": "/s", "memory": " MB"}
+    planned = run["design"]["rate"] is not None or run["design"]["arrivals"] == "recorded"
+    names = [name for name in SHOWN if planned or name not in OPEN_LOOP]
+    names = [name for name in names if any((arm.get(name) or {}).get("ratio") for arm in result["arms"])]
+    columns = {name: verdict.MEASURES[name] for name in names}
     itself = medians(blocks, list(columns.values())).get(result["baseline"], {})
-
-    def absolute(name: str) -> str:
-        value = itself.get(columns[name])
-        return "-" if value is None else f"{value:.2f}{units.get(name, ' ms')}"
-
-    rows = [(result["baseline"], "baseline", *(absolute(name) for name in measured))]
-    rows += [
-        (arm["model"], arm["outcome"], *(interval(_of(arm, name)) for name in measured))
-        for arm in result["arms"]
-        if arm["model"] != result["baseline"]
+    absolute = [
+        "-" if (value := itself.get(columns[name])) is None else f"{value:.2f}{SHOWN[name][1]}" for name in names
     ]
-    again = (name_of(result["baseline"] + AGAIN), "check", interval(result["aa"]))
-    rows.append((*again, *("-" for _ in measured[1:])))
-    return Table(("variant", "outcome", *(MEASURES[name] for name in measured)), tuple(rows))
-
-
-def _of(arm: Mapping[str, Any], measure: str) -> Mapping[str, Any] | None:
-    found = arm.get(measure)
-    return found if isinstance(found, Mapping) and found.get("ratio") is not None else None
+    rows = [(result["baseline"], "baseline", *absolute)]
+    rows += [(arm["model"], arm["outcome"], *(interval(arm.get(name)) for name in names)) for arm in result["arms"]]
+    check = (name_of(result["baseline"] + AGAIN), "check", interval(result["aa"]))
+    rows.append((*check, *("-" for _ in names[1:])))
+    return Table(("variant", "outcome", *(SHOWN[name][0] for name in names)), tuple(rows))
 
 
 def medians(blocks: pl.DataFrame, columns: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """Median over the blocks of each arm, of rounds without a void block."""
-    rows = whole(blocks).group_by("arm").agg(pl.col(name).fill_nan(None).median() for name in columns)
+    of = [pl.col(name).cast(pl.Float64).fill_nan(None).median() for name in columns]
+    rows = whole_rounds(blocks).group_by("arm").agg(of)
     return {row["arm"]: {name: row[name] for name in columns} for row in rows.to_dicts()}
 
 
-def whole(blocks: pl.DataFrame) -> pl.DataFrame:
-    """The blocks of rounds of which none is void, as the paired statistics take them."""
-    void = blocks.filter(pl.col("void") != "")["round"].unique()
-    return blocks.filter(~pl.col("round").is_in(void.implode()))
-
-
-def facts_table(run: Mapping[str, Any], result: Mapping[str, Any]) -> Table:
+def facts_table(run: Mapping[str, Any]) -> Table:
     facts = facts_of(run)
-    baseline = facts.get(result["baseline"], {})
     rows = []
     for model, each in facts.items():
         sha256 = digests(each).get("model.onnx", "")
@@ -200,7 +178,7 @@ def facts_table(run: Mapping[str, Any], result: Mapping[str, Any]) -> Table:
         size = f"{each['bytes'] / 1e6:.1f} MB" if each.get("bytes") else ""
         rows.append((
             model, str(each.get("activation", "-")), str(each.get("precision", "-")), parameters, size, shape,
-            width(each, baseline), str(each.get("vocab_size", "-")), str(each.get("context", "-")),
+            width(each), str(each.get("vocab_size", "-")), str(each.get("context", "-")),
             sha256[:DIGEST] or "-",
         ))  # fmt: skip
     headings = ("variant", "activation", "precision", "parameters", "size", "layers × C", "hidden", "V", "context",
@@ -209,23 +187,35 @@ def facts_table(run: Mapping[str, Any], result: Mapping[str, Any]) -> Table:
     return Table(tuple(headings[i] for i in kept), tuple(tuple(row[i] or "-" for i in kept) for row in rows))
 
 
-def widths(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """One sentence on the width of gated forms, or nothing where there are none."""
-    facts = facts_of(run)
-    baseline = facts.get(result["baseline"], {})
-    told = {model: width(each, baseline) for model, each in facts.items() if each.get("kind") == "gated"}
+def widths(run: Mapping[str, Any]) -> str:
+    """What matched and full width mean, or nothing where no form is gated."""
+    told = {model: each["gated_width"] for model, each in facts_of(run).items() if each.get("gated_width")}
     if not told:
         return ""
-    said = [f"{model} has H = {words}" for model, words in told.items()]
+    kinds = set(told.values())
+    whose = f"at {kinds.pop()} width" if len(kinds) == 1 else ", ".join(f"{m} at {kind}" for m, kind in told.items())
     return (
-        f"Gated forms have three matrices where others have two: {'; '.join(said)}. Matched width has as many weights "
-        "as an ungated block of 4 C, full width half as many again."
+        f"Gated forms ({', '.join(told)}) are {whose}. They have three matrices where others have two: at matched "
+        "width, 8/3 C, as many weights as an ungated block of 4 C; at full width, 4 C, half as many again."
     )
 
 
-def quantiles_table(latencies: Mapping[str, Any]) -> Table:
-    import numpy as np
+def workload(run: Mapping[str, Any]) -> str:
+    facts = run["workload"]
+    prompts, generated = facts.get("prompt_tokens"), facts.get("generated_tokens")
+    said = [f"{facts['source']}: {facts['requests']} requests, sent as {facts['sent_as']}"]
+    said += [f"prompts of {_spread(prompts)} tokens"] if prompts else []
+    said += [f"{_spread(generated)} tokens generated"] if generated else []
+    cold = "cold: no prompt begins as one before" if facts["cache"] == "cold" else "warm: each was computed before"
+    said.append(f"the server's prefix cache {cold}")
+    return "; ".join(said)
 
+
+def _spread(of: Mapping[str, float]) -> str:
+    return f"{of['min']:g}" if of["min"] == of["max"] else f"{of['min']:g} to {of['max']:g} (mean {of['mean']:g})"
+
+
+def quantiles_table(latencies: Mapping[str, np.ndarray]) -> Table:
     shares = (50, 90, 99, 99.9, 100)
     rows = [
         (name_of(arm), f"{len(values)}", *(ms(float(q)) for q in np.percentile(values, shares)))
