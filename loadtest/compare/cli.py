@@ -19,7 +19,7 @@ from rich.console import Console
 
 from actuary import ActuaryError, BadInput
 from loadtest import plan as planning
-from loadtest.compare import store
+from loadtest.compare import ffn, store
 from loadtest.compare.arms import Arms
 from loadtest.compare.design import AGAIN, Design
 from loadtest.compare.driver import Comparison, measure, stopping
@@ -121,7 +121,7 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
             run = _run(arguments, design, workload, served, url, own is not None)
             workload.write(folder / store.WORKLOAD)
             store.create(folder, run)
-        arms = Arms(url, {model: served[model] for model in design.models})
+        facts = {model: served[model] for model in design.models}
         with Terminal(design, console) as progress:
             comparison = Comparison(
                 design,
@@ -130,17 +130,32 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
                 url,
                 own,
                 start if own else None,
-                (lambda: arms.warm(workload)) if workload.cache == "warm" else (lambda: None),
+                (lambda url: Arms(url, facts).warm(workload)) if workload.cache == "warm" else (lambda _: None),
                 place_of(arguments),
                 progress,
             )
             with stopping(comparison):
                 ended = measure(comparison, _settled(run))
+                if ended != "interrupted":
+                    _and_then(comparison, arguments)
     finally:
         own = comparison.own if comparison else own
         if own:
             own.stop()
+    if own and ended != "interrupted":
+        with console.status("where each variant's time goes"):
+            ffn.measure(folder, Path(arguments["bundles"]), Path(arguments["ops"]))
     return _result(folder, ended)
+
+
+def _and_then(comparison: Comparison, arguments: dict[str, Any]) -> None:
+    """What is measured after the blocks, with the same server."""
+    if not arguments.get("sweep"):
+        return
+    from loadtest.compare import sweep  # scipy takes a second
+
+    if why := sweep.measure(comparison, arguments["sweep"], arguments["objective_ms"]):
+        comparison.progress.say(why)
 
 
 def _source(arguments: dict[str, Any]) -> Source | None:
@@ -249,7 +264,7 @@ def _result(folder: Path, ended: str) -> dict[str, Any]:
     kept = store.read(folder)
     if not kept.rounds:
         raise ActuaryError(f"stopped before the first round was finished, nothing to judge; --resume {folder} goes on")
-    from loadtest.compare import verdict  # scipy takes a second
+    from loadtest.compare import sweep, verdict  # scipy takes a second
 
     design = Design.of_json(kept.run["design"])
     judged = verdict.judge(kept.run, kept.blocks, margin=design.equivalence, seed=design.seed)
@@ -258,8 +273,10 @@ def _result(folder: Path, ended: str) -> dict[str, Any]:
         "kind": store.KIND,
         **judged,
         "ended": ended,
-        "said": _said(kept),
+        "said": [*_said(kept), *ffn.said(folder)],
         "cold": kept.warmup,
+        **sweep.result(folder, design, kept.run["arguments"].get("objective_ms")),
+        **ffn.result(folder),
     }
 
 

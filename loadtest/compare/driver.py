@@ -59,7 +59,9 @@ class Comparison:
     url: str
     own: OwnServer | None  # of the comparison; None where --url names another's
     restart: Callable[[], OwnServer] | None
-    warm: Callable[[], None]  # before the load, where the workload is sent to a warm cache
+    warm: Callable[
+        [str], None
+    ]  # the server at that address before the load, where the workload is sent to a warm cache
     place: Place
     progress: Progress
     interrupted: bool = False
@@ -159,7 +161,7 @@ class _State:
             comparison.look,
         ) as locust:
             meter = Meter(comparison.own.process.pid if comparison.own else pid_at(comparison.url))
-            comparison.warm()
+            comparison.warm(comparison.url)
             run_s = _run_s(self.blocks)
             self._warm_up(locust)
             self.origin = time.monotonic() - run_s
@@ -200,7 +202,7 @@ class _State:
                     "void": why_void(seen.rows, visit),
                 }
             )
-            frames.append(_frame(seen.rows, where, began_s))
+            frames.append(frame_of(seen.rows, where, began_s))
         samples = pl.concat(frames)
         said, self.comparison.said = self.comparison.said, []
         store.write_round(self.comparison.folder, self.number, samples, {"at": began, "blocks": facts, "said": said})
@@ -271,7 +273,7 @@ def _warm_facts(seen: Seen) -> dict[str, Any]:
     }
 
 
-def _frame(rows: Sequence[dict[str, Any]], where: dict[str, Any], began_s: float) -> pl.DataFrame:
+def frame_of(rows: Sequence[dict[str, Any]], where: dict[str, Any], began_s: float) -> pl.DataFrame:
     schema = {name: kind for name, kind in store.SAMPLES.items() if name not in where}
     moved = [pl.col(name) + began_s for name in ("planned_s", "at_s")]
     return (
