@@ -21,6 +21,8 @@ from service.completions_schema import CompletionAnswer, CompletionRequest
 from service.engine import Engine
 from service.errors import ApiError
 from service.events import EventStream, stream
+from service.experiments.live import Experiments
+from service.experiments.routes import router as experiments_router
 from service.frame import Frame, unless_gone
 from service.inference_protocol import v2
 from service.library import Library, open_library
@@ -41,7 +43,9 @@ from service.schema import (
     TokenizerInfo,
 )
 from service.score import score
+from service.sequence import Runs
 from service.settings import Settings
+from service.shortcut import Shortcut
 from service.tokens import Tokens
 from service.variant import Variant
 
@@ -57,6 +61,7 @@ class Service:
     activations: assets.Compressed
     tokens: Tokens
     metrics: Metrics
+    experiments: Experiments
     draining: bool = False
 
     @property
@@ -77,6 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
         max_queue_bytes=settings.max_queue_mb << 20,
         caches=prefix_caches(library.variants.values(), settings.cache_mb << 20),
     )
+    experiments = Experiments(settings, library, engine)
     service = Service(
         settings,
         library,
@@ -84,13 +90,16 @@ def create_app(settings: Settings) -> FastAPI:
         runtime.no_cuda,
         assets.Compressed.of(_activations(library), "application/json"),
         Tokens(library, settings),
-        Metrics(engine.metrics, engine.tell),
+        Metrics((*engine.metrics.all, *experiments.counters.all), engine.tell),
+        experiments,
     )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        experiments.start()
         async with service.engine:
             yield
+        await asyncio.to_thread(experiments.close)
 
     app: FastAPI = FastAPIOffline(
         title="Actuary",
@@ -103,10 +112,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.service = service
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_bad_request)
+    app.add_middleware(Shortcut, routes=v1.routes)  # within the frame
     app.add_middleware(
         Frame, max_body_bytes=settings.max_body_bytes, timeout_s=settings.timeout_s, metrics=service.metrics
     )
     app.include_router(v1)
+    app.include_router(experiments_router)
     app.include_router(v2)
     app.include_router(aliases)
     app.include_router(health)
@@ -169,12 +180,16 @@ v1 = APIRouter(prefix="/v1", tags=["API"])
 @v1.post("/next-token", response_model=NextTokenAnswer, response_model_exclude_none=True, responses=_ERRORS)
 async def post_next_token(asked: NextTokenRequest, request: Request) -> Response:
     """Probabilities of the token after each prompt, under each variant."""
+    service = _service(request)
+    if exposure := service.experiments.expose(asked, request):
+        return await exposure.around(_next_token(exposure.asked, request, exposure.engine))
+    return await _next_token(asked, request, service.engine)
+
+
+async def _next_token(asked: NextTokenRequest, request: Request, engine: Runs) -> Response:
     service = _named(request, asked.model)
-    answered = await unless_gone(
-        request,
-        next_token(asked, service.library, service.engine, service.settings, request.state.arrived),
-    )
-    return _timed(request, answered)
+    work = next_token(asked, service.library, engine, service.settings, request.state.arrived)
+    return _timed(request, await unless_gone(request, work))
 
 
 @v1.post("/score", response_model=ScoreAnswer, responses=_ERRORS)
@@ -195,11 +210,18 @@ _STREAMED = {"text/event-stream": {"schema": {"type": "string"}, "example": "dat
 )
 async def post_completions(asked: CompletionRequest, request: Request) -> Response:
     """What comes after each prompt, in OpenAI's shape with vLLM's additions; streamed or not."""
+    service = _service(request)
+    if exposure := service.experiments.expose(asked, request):
+        return await exposure.around(_completions(exposure.asked, request, exposure.engine))
+    return await _completions(asked, request, service.engine)
+
+
+async def _completions(asked: CompletionRequest, request: Request, engine: Runs) -> Response:
     service = _named(request, [asked.model])
     if not asked.stream:
-        work = complete(asked, service.library, service.engine, service.settings)
+        work = complete(asked, service.library, engine, service.settings)
         return _timed(request, await unless_gone(request, work))
-    begun = stream(asked, service.library, service.engine, service.settings, request.state.request_id)
+    begun = stream(asked, service.library, engine, service.settings, request.state.request_id)
     return EventStream(await unless_gone(request, begun), lambda answered: _count_stages(request, answered))
 
 
@@ -221,17 +243,23 @@ def _timed(request: Request, answered: Answered) -> Response:
 
 @v1.get("/models")
 async def get_models(request: Request) -> Response:
-    """The variants that serve, in OpenAI's list shape with facts of their manifests; the bundles refused."""
-    library = _service(request).library
-    data = [_model(variant) for variant in library.variants.values()]
-    return _json({"object": "list", "data": data, "refused": _refused(library)})
+    """The variants that serve, in OpenAI's list shape with facts of their manifests; the bundles refused.
+
+    Experiments stand beside, in a list of their own: who goes through `data`, as our page and load test do, takes each
+    for a variant.
+    """
+    service = _service(request)
+    data = [_model(variant) for variant in service.library.variants.values()]
+    experiments = service.experiments.summaries()
+    return _json({"object": "list", "data": data, "refused": _refused(service.library), "experiments": experiments})
 
 
 @v1.get("/models/{name}", responses={404: _ERRORS[404]})
 async def get_model(name: str, request: Request) -> Response:
-    """One variant of that list."""
-    library = _service(request).library
-    return _json(_model(library.one(name)))
+    """One variant of that list, or one experiment."""
+    service = _service(request)
+    experiment = next((each for each in service.experiments.summaries() if each["id"] == name), None)
+    return _json(experiment or _model(service.library.one(name)))
 
 
 @v1.get("/activations")

@@ -23,7 +23,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
         kind: Any = field.annotation
         if typing.get_origin(kind) is Literal:
             kind = click.Choice(typing.get_args(kind))
-        elif kind is Path:
+        elif kind in (Path, Path | None):
             kind = click.Path(path_type=Path)
         command = click.option(
             f"--{name.replace('_', '-')}",

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+from pydantic_core import to_json
+
 from service.choice import Choice, Piece, Prompt, ends_of, sampling_of
 from service.completions_schema import CompletionRequest
 from service.detokenizer import Detokenizer
-from service.engine import Done, Engine, Job
+from service.engine import Done, Job
 from service.errors import Invalid, shown
-from service.json_text import dumps
 from service.library import Library
 from service.logprobs import Entries
 from service.next_token import (
@@ -32,6 +33,7 @@ from service.next_token import (
     check_length,
     here_or_in_a_thread,
 )
+from service.sequence import Runs
 from service.settings import Settings
 from service.variant import Variant
 
@@ -124,7 +126,7 @@ async def prepare(asked: CompletionRequest, library: Library, settings: Settings
     return Completing(asked, variant, prompts, perf_counter() - start)
 
 
-async def complete(asked: CompletionRequest, library: Library, engine: Engine, settings: Settings) -> Answered:
+async def complete(asked: CompletionRequest, library: Library, engine: Runs, settings: Settings) -> Answered:
     """The answer that is not streamed."""
     completing = await prepare(asked, library, settings)
     pieces: list[list[Piece]] = [[] for _ in range(completing.choices)]
@@ -133,7 +135,7 @@ async def complete(asked: CompletionRequest, library: Library, engine: Engine, s
     def body() -> bytes:
         choices = [completing.choice(index, its, first=True) for index, its in enumerate(pieces)]
         usage = completing.usage([its[-1].generated for its in pieces], done)
-        return dumps({**completing.head, "choices": choices, "usage": usage}).encode()
+        return to_json({**completing.head, "choices": choices, "usage": usage})
 
     listed = sum(piece.listed for its in pieces for piece in its)
     return completing.answered(await here_or_in_a_thread(listed <= INLINE_ENTRIES, body), done)

@@ -15,9 +15,8 @@ MAX_STOP_CHARACTERS = 256
 MAX_CHOICES = 1 << 20  # of any service; each has its own limit besides
 MAX_IDS = 1_024  # of logit_bias, stop_token_ids and logprob_token_ids; vLLM allows 1024 biases
 
-# What clients send and what changes no token here: who asks, how to rank, and how many tokens a chunk may wait for.
+# What clients send and what changes no token here: how to rank, and how many tokens a chunk may wait for.
 IGNORED = (
-    "user",
     "metadata",
     "priority",
     "request_id",
@@ -161,6 +160,7 @@ class CompletionRequest(Request):
     )
     presence_penalty: Number = Field(0.0, ge=-2, le=2, description="Off the logit of what was generated.")
     frequency_penalty: Number = Field(0.0, ge=-2, le=2, description="The same, times how often.")
+    user: str | None = Field(None, description="Who asks: with it an experiment gives them the same arm each time.")
     repetition_penalty: Number = Field(
         1.0, gt=0, le=100, description="Divides positive logits of what is in prompt or answer, multiplies others."
     )

@@ -26,6 +26,8 @@ STATUS = {
     "not_found": 404,
     "method_not_allowed": 405,
     "timeout": 408,
+    "conflict": 409,
+    "gone": 410,
     "too_large": 413,
     "queue_full": 429,
     "client_gone": 499,  # nobody reads this one

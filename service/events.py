@@ -7,17 +7,17 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service.choice import Piece
 from service.completions import Completing, prepare, usage_of
 from service.completions_schema import CompletionRequest, StreamOptions
-from service.engine import Engine
 from service.errors import ApiError, defect, fields
-from service.json_text import dumps
 from service.library import Library
 from service.next_token import INLINE_ENTRIES, Answered, here_or_in_a_thread
+from service.sequence import Runs
 from service.settings import Settings
 
 log = logging.getLogger("actuary.service")
@@ -26,7 +26,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 async def stream(
-    asked: CompletionRequest, library: Library, engine: Engine, settings: Settings, request_id: str
+    asked: CompletionRequest, library: Library, engine: Runs, settings: Settings, request_id: str
 ) -> Events:
     """Events whose first are there; ApiError where it does not come to that, which is answered with its status."""
     events = Events(await prepare(asked, library, settings), engine, request_id)
@@ -41,7 +41,7 @@ async def stream(
 class Events:
     """An answer as server-sent events: a chunk for each piece; the last says [DONE], or an error."""
 
-    def __init__(self, completing: Completing, engine: Engine, request_id: str) -> None:
+    def __init__(self, completing: Completing, engine: Runs, request_id: str) -> None:
         self._completing = completing
         self._options = completing.asked.stream_options or StreamOptions()
         self._request_id = request_id
@@ -115,7 +115,7 @@ class Events:
 
 
 def _event(content: dict[str, Any]) -> bytes:
-    return f"data: {dumps(content)}\n\n".encode()
+    return b"data: %b\n\n" % to_json(content)
 
 
 class EventStream(StreamingResponse):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -41,13 +41,13 @@ class Library:
         """The variant called `name`; 404 with the known ones where there is none."""
         return self.variants[name] if name in self.variants else self.unknown(name)
 
-    def unknown(self, name: str) -> NoReturn:
-        """Raise the 404 of a name that does not serve."""
+    def unknown(self, name: str, others: Collection[str] = ()) -> NoReturn:
+        """Raise the 404 of a name that does not serve; `others` are known besides."""
         why = next((f"; its bundle was refused: {r.reason}" for r in self.refused if r.name == name), "")
-        hint = nearest(name, self.variants)
+        hint = nearest(name, [*self.variants, *others])
         raise ApiError(
             "model_not_found",
-            f"unknown variant {shown(name)}; known: {', '.join(self.variants)}{why}{hint}",
+            f"unknown variant {shown(name)}; known: {', '.join([*self.variants, *others])}{why}{hint}",
             "model",
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -118,8 +118,8 @@ class EngineMetrics:
 class Metrics:
     """Everything at /metrics: requests, the engine's counters, the process."""
 
-    def __init__(self, engine: EngineMetrics, tell: Callable[[], None]) -> None:
-        """`tell` brings the engine's up to date."""
+    def __init__(self, others: Iterable[Counter | Gauge | Histogram], tell: Callable[[], None]) -> None:
+        """With `others`, the engine's and what else counts; `tell` brings them up to date."""
         self._registry = CollectorRegistry()
         requests = Counter(
             "actuary_requests",
@@ -148,7 +148,7 @@ class Metrics:
             lambda model: tuple(stages.labels(stage, model) for stage in ("tokenize", "queue", "infer"))
         )
         self._tell = tell
-        for collector in engine.all:
+        for collector in others:
             self._registry.register(collector)
         ProcessCollector(registry=self._registry)  # memory, processor time and open files; on Linux
 

@@ -16,12 +16,13 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import numpy as np
+from pydantic_core import to_json
 
-from service.engine import Done, Engine, Job
+from service.engine import Done, Job
 from service.errors import ApiError, Invalid, shown
-from service.json_text import dumps
 from service.library import Library
 from service.schema import NextTokenRequest
+from service.sequence import Runs
 from service.settings import Settings
 from service.variant import Row, Variant
 from service.vocabulary import Vocabulary
@@ -55,7 +56,7 @@ class _Item:
 
 
 async def next_token(
-    asked: NextTokenRequest, library: Library, engine: Engine, settings: Settings, arrived: float
+    asked: NextTokenRequest, library: Library, engine: Runs, settings: Settings, arrived: float
 ) -> Answered:
     """Answer `asked`, which arrived at `arrived` by perf_counter; ApiError where it cannot be."""
     variants = library.choose(asked.model)
@@ -104,7 +105,9 @@ def _encode(asked: NextTokenRequest, variants: Sequence[Variant]) -> tuple[list[
     Variants with the same tokenizer share its ids.
     """
     start = perf_counter()
-    chosen = [[_chosen_id(token, at, variant) for at, token in enumerate(asked.tokens)] for variant in variants]
+    chosen = [
+        [chosen_id(token, f"tokens[{at}]", variant) for at, token in enumerate(asked.tokens)] for variant in variants
+    ]
     items = []
     for index, prompt in enumerate(asked.prompt):
         where = f"prompt[{index}]" if len(asked.prompt) > 1 else "prompt"
@@ -149,9 +152,8 @@ def check_length(tokens: int, where: str, variant: Variant, at_least: str = "") 
         )
 
 
-def _chosen_id(token: str | int, at: int, variant: Variant) -> int:
+def chosen_id(token: str | int, where: str, variant: Variant) -> int:
     """The id of a token that was asked for by id or by text."""
-    where = f"tokens[{at}]"
     if isinstance(token, int):
         check_ids([token], where, variant)
         return token
@@ -176,9 +178,9 @@ def _body(items: Sequence[_Item], done: Sequence[Done], arrived: float) -> bytes
     """The answer as JSON, its results one at a time: all of them as entries would be much larger."""
     tokens = sum(len(item.job.ids) for item in items)
     head = {"object": "next_token", "id": f"nt-{secrets.token_hex(12)}", "created": int(time.time())}
-    results = ",".join(dumps(_result(item, each, arrived)) for item, each in zip(items, done, strict=True))
+    results = b",".join(to_json(_result(item, each, arrived)) for item, each in zip(items, done, strict=True))
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return f'{dumps(head)[:-1]},"results":[{results}],"usage":{dumps(usage)}}}'.encode()
+    return b'%b,"results":[%b],"usage":%b}' % (to_json(head)[:-1], results, to_json(usage))
 
 
 def _result(item: _Item, done: Done, arrived: float) -> dict[str, Any]:

@@ -243,6 +243,18 @@ class ScoreAnswer(BaseModel):
     usage: Usage
 
 
+class OutcomeRequest(Request):
+    """The token that really came after a prompt of an experiment's answer."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"id": "1f0c2a9b00112233445566aa", "token": " None"}]})
+
+    id: str = Field(max_length=64, description="The answer's x-exposure-id.")
+    token: Annotated[str | int, PlainValidator(lambda value: _tokens([value])[0], json_schema_input_type=str | int)] = (
+        Field(description="Its id, or its text, which must be exactly one token.")
+    )
+    prompt_index: int = Field(0, ge=0, description="Of an answer to several prompts.")
+
+
 class TokenizeRequest(Request):
     """One text to token ids."""
 

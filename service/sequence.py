@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
@@ -66,6 +67,12 @@ class Done:
         """The row of a job without a reader."""
         assert self.row is not None
         return self.row
+
+
+class Runs(Protocol):
+    """The engine, as a route sees it."""
+
+    async def run(self, jobs: Collection[Job]) -> list[Done]: ...
 
 
 @dataclass(eq=False)

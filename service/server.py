@@ -54,7 +54,10 @@ def serve_until_stopped(settings: Settings, listener: socket.socket) -> None:
     # drained it raises the signal again, to end as if it had not caught it; we end with 0.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, server.handle_exit)
-    server.run([listener])
+    try:
+        server.run([listener])
+    finally:
+        app.state.service.experiments.close()  # where it was told twice to stop, nobody else did
 
 
 def _announce(service: Service, port: int) -> None:
@@ -67,6 +70,9 @@ def _announce(service: Service, port: int) -> None:
             f"{manifest.parameters / 1e6:.2f} M parameters, {variant.provider}",
             err=True,
         )
+    for experiment in service.experiments.summaries():
+        arms = ", ".join(f"{arm} {100 * share:.4g} %" for arm, share in experiment["arms"].items())
+        click.echo(f"  experiment {experiment['id']}: {arms}", err=True)
     for bundle in library.refused:
         click.echo(f"  refused {bundle.name}: {bundle.reason}", err=True)
     if service.no_cuda:

@@ -58,6 +58,21 @@ class Settings(BaseModel):
     )
     max_body_bytes: int = Field(1 << 20, ge=1, description="Largest request body.")
     timeout_s: float = Field(30.0, gt=0, le=3600, description="Longest wait for a request's first rows, then 408.")
+    experiments: Path | None = Field(
+        None, description="JSON or TOML file of experiments, {NAME: {arms: {VARIANT: WEIGHT}, baseline, ...}}."
+    )
+    database: str = Field(
+        "artifacts/experiments.db",
+        description="Where experiments are kept: a SQLite file, or postgresql://USER:PASSWORD@HOST/NAME.",
+    )
+    key_header: str = Field(
+        "x-actuary-key",
+        pattern=r"^[A-Za-z0-9-]{1,64}$",
+        description="Header whose value always gets the same arm of an experiment.",
+    )
+    outcome_mb: int = Field(
+        64, ge=0, description="Memory of the newest answers' logits, for the log loss of what really came."
+    )
     access_log: bool = Field(False, description="Log each request on standard error.")
 
     @model_validator(mode="after")

@@ -33,7 +33,11 @@ def measure(folder: Path, bundles: Path, ops: Path) -> None:
         if model in kept:
             continue
         if facts.get("provider") == CPU:
-            kept[model] = _profile(_bundle(bundles, model), ops, min(tokens, facts["context"]))
+            bundle = _bundle(bundles, model, facts["files"])
+            if bundle is None:
+                kept[model] = {"why": f"its bundle is no longer in {bundles} as it was served"}
+            else:
+                kept[model] = _profile(bundle, ops, min(tokens, facts["context"]))
         else:
             kept[model] = {"why": f"it ran with {facts.get('provider')}, and the profile is of the CPU"}
         write(folder / FILE, json.dumps(kept, indent=2) + "\n")
@@ -59,15 +63,16 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
     return kept
 
 
-def _bundle(bundles: Path, model: str) -> Path:
-    """The bundle called so; its folder may be called otherwise."""
+def _bundle(bundles: Path, model: str, files: dict[str, str]) -> Path | None:
+    """The bundle that was served so called; its folder may be called otherwise."""
     for manifest in sorted(bundles.glob("*/manifest.json")):
         try:
-            if json.loads(manifest.read_text(encoding="utf-8"))["name"] == model:
+            told = json.loads(manifest.read_text(encoding="utf-8"))
+            if (told["name"], told["files"]) == (model, files):
                 return manifest.parent
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # what serves has a manifest that can be read
-    return bundles / model
+            continue  # refused by the server too
+    return None
 
 
 def _profile(bundle: Path, ops: Path, tokens: int) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression  # type: ignore[import-untyped]
 
 from loadtest.samples import KEPT_SHARE
 
@@ -102,6 +101,8 @@ def bound_of(blocks: Sequence[Block], baseline: str) -> float:
 
 def knee_of(at_rate: Mapping[float, Sequence[Block]], bound_ms: float) -> float:
     """0 where p99 is over the bound at the lowest rate already, infinity where it never is."""
+    from scipy.optimize import isotonic_regression  # type: ignore[import-untyped]  # takes half a second to import
+
     rates = sorted(at_rate)
     log_p99 = isotonic_regression([_log_p99(at_rate[rate], bound_ms) for rate in rates]).x
     over = np.flatnonzero(log_p99 > 0)

@@ -112,7 +112,9 @@ def arguments_of(given: dict[str, Any]) -> dict[str, Any]:
     if asked["objective_ms"] and not asked["sweep"]:
         raise BadInput("--objective-ms is what --sweep looks for; give it its minutes")
     if asked["users"] is None:
-        asked["users"] = free_users(asked["rate"]) if asked["rate"] else USERS_OF_TRAFFIC if asked["traffic"] else USERS
+        asked["users"] = (
+            free_users(float(asked["rate"])) if asked["rate"] else USERS_OF_TRAFFIC if asked["traffic"] else USERS
+        )
     if asked["variants"] is not None:
         names = [name.strip() for name in asked["variants"].split(",")]
         for name in names:

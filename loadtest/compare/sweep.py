@@ -42,6 +42,8 @@ ROUND = 1_000_000  # of the first step: it seeds what is sent, and no round of t
 
 def measure(comparison: Comparison, minutes: float, objective_ms: float | None) -> str:
     """Takes steps until the minutes are over, those in the folder counted; why it ended before, or nothing."""
+    if not missing_s(comparison.folder, minutes):
+        return ""
     folder = comparison.folder / FOLDER
     (folder / store.ROUNDS).mkdir(parents=True, exist_ok=True)
     try:
@@ -51,6 +53,11 @@ def measure(comparison: Comparison, minutes: float, objective_ms: float | None) 
     except (GeneratorDied, ServerDied) as error:
         return f"the sweep of rates ended early: {str(error).splitlines()[0]}"
     return ""
+
+
+def missing_s(folder: Path, minutes: float) -> float:
+    """Of the minutes, what the steps in a run's folder leave."""
+    return max(0.0, 60 * minutes - sum(step["took_s"] for step in _read(folder / FOLDER)))
 
 
 def _measure(comparison: Comparison, folder: Path, minutes: float, objective_ms: float | None) -> None:
@@ -69,8 +76,8 @@ def _measure(comparison: Comparison, folder: Path, minutes: float, objective_ms:
     ) as locust:
         comparison.warm(comparison.url)
         began = time.monotonic()
-        spent_s = sum(step["took_s"] for step in steps)
-        while spent_s + time.monotonic() - began < 60 * minutes:
+        left_s = missing_s(comparison.folder, minutes)
+        while time.monotonic() - began < left_s:
             rates = next_rates(steps, lambda: _blocks(folder), design, objective_ms)
             order = random.Random(f"{design.seed}/sweep/{len(steps)}").sample(design.arms, len(design.arms))
             steps.append(_step(comparison, locust, design, folder, len(steps), {arm: rates[arm] for arm in order}))

@@ -1,0 +1,1 @@
+"""Each change of the tables, in the order of their names."""

@@ -1,0 +1,77 @@
+"""`/v1/experiments`: begin and end experiments, read their verdicts, report the tokens that really came."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from service.errors import ApiError, Invalid
+from service.experiments.definition import EQUIVALENCE, loads
+from service.experiments.live import Experiments, summary
+from service.schema import OutcomeRequest
+
+router = APIRouter(prefix="/v1/experiments", tags=["experiments"])
+
+_DEFINITION = {"arms": {"gelu": 1, "swiglu": 1}, "baseline": "gelu", "equivalence": EQUIVALENCE}
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"type": "object", "examples": [_DEFINITION]}}},
+    }
+}
+
+
+def _experiments(request: Request) -> Experiments:
+    experiments: Experiments = request.app.state.service.experiments
+    return experiments
+
+
+def _json(content: object, status: int = 200) -> Response:
+    return Response(json.dumps(content, ensure_ascii=False).encode(), status, media_type="application/json")
+
+
+async def _fields(request: Request) -> Any:
+    """The body, in which no object names a thing twice."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise Invalid("the body was not read: send it with `content-type: application/json`")
+    try:
+        return loads(await request.body())
+    except RecursionError:
+        raise Invalid("the body is nested too deeply") from None
+    except ValueError as error:
+        raise ApiError("invalid_json", f"the body is not JSON: {error}") from None
+
+
+@router.get("")
+async def get_experiments(request: Request) -> Response:
+    """The verdict of every experiment that runs."""
+    return _json({"object": "list", "data": await asyncio.to_thread(_experiments(request).verdicts)})
+
+
+@router.get("/{name}")
+async def get_experiment(name: str, request: Request) -> Response:
+    """What each arm has been found to cost so far; may be looked at as often as one likes."""
+    return _json(await asyncio.to_thread(_experiments(request).verdict, name))
+
+
+@router.post("/{name}", include_in_schema=False)
+@router.put("/{name}", openapi_extra=_BODY)
+async def put_experiment(name: str, request: Request) -> Response:
+    """Begin an experiment: 201. As it runs already: 200. Where it runs otherwise, it begins from nothing: 201."""
+    running, new = await asyncio.to_thread(_experiments(request).begin, name, await _fields(request))
+    return _json(summary(running), 201 if new else 200)
+
+
+@router.delete("/{name}")
+async def delete_experiment(name: str, request: Request) -> Response:
+    """End an experiment. Its records stay in the database; one that is begun later by that name has its own."""
+    return _json({**summary(await asyncio.to_thread(_experiments(request).end, name)), "deleted": True})
+
+
+@router.post("/{name}/outcomes")
+async def post_outcome(name: str, asked: OutcomeRequest, request: Request) -> Response:
+    """The token that really came, for an answer's x-exposure-id; each counts once."""
+    return _json(_experiments(request).outcome(name, asked.id, asked.token, asked.prompt_index))
