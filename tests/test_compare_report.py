@@ -275,32 +275,32 @@ def test_quality_of_trained_models_for_random_weights(tmp_path: Path, report_of:
 
 def test_sweep_and_profile_are_drawn_where_they_are(stored: Path, tmp_path: Path, report_of: Report) -> None:
     titles = {part.title for part in parts_of(stored)}
-    assert not titles & {"Latency against rate", "Inside infer"}
-    share = {"ffn": 0.6, "up": 0.25, "activation": 0.1, "down": 0.25, "attention": 0.3, "head": 0.06, "other": 0.04}
+    assert not titles & {"Latency against rate", "The feed-forward blocks' share"}
+    share = {"ffn": 0.6, "activation": 0.1, "attention": 0.3, "head": 0.06, "other": 0.04}
     rows = [
         {"arm": arm, "rate": rate, "p50_ms": 5.0, "p99_ms": p99, "goodput_per_s": rate * 0.9, "requests_per_s": rate,
          "kept_plan": rate < 300, "blocks": 4}
         for arm, rate, p99 in (("gelu", 50, 6.0), ("gelu", 300, 80.0), ("swiglu", 50, 6.3), ("swiglu", 300, None))
     ]  # fmt: skip
+    beyond = {"rate": None, "low": 90.0, "high": None}
     sweep = {
-        "rows": rows,
-        "bound_ms": 25.0,
-        "objective_ms": 25.0,
-        "knees": {
-            "gelu": {"rate": 210.0, "low": 190.0, "high": 230.0},
-            "swiglu": {"rate": None, "low": 90.0, "high": None},
-        },
-    }
-    folder = copy(stored, tmp_path, sweep=sweep, ffn_share={"gelu": {"share": share}, "swiglu": {"share": share}})
+        "sweep": rows, "objective_ms": 25.0, "objective_given": True,
+        "knee": {"gelu": {"rate": 210.0, "low": 190.0, "high": 230.0}, "swiglu": beyond},
+        "goodput": {"gelu": {"rate": 300, "per_s": 270.0}, "swiglu": {"rate": 50, "per_s": 45.0}},
+    }  # fmt: skip
+    folder = copy(stored, tmp_path, **sweep, ffn_share={"gelu": share, "swiglu": share})
     code, _, errors = report_of(folder)
     assert code == 0, errors
     markdown = (folder / "report.md").read_text()
-    assert "gelu 210.0/s, swiglu beyond the rates" in markdown
-    assert "| gelu | 60.0% | 25.0% | 10.0% |" in markdown
+    assert "| gelu | 210 | 190 to 230 | 270 at 300/s |" in markdown
+    assert "| swiglu | not reached | 90 to not reached | 45 at 50/s |" in markdown
+    assert "| gelu | 60.0% | 10.0% | 30.0% | 6.0% | 4.0% |" in markdown
     drawn = {part.title: part.figure for part in parts_of(folder) if part.figure}
-    p99 = [trace for trace in drawn["Latency against rate"].data if trace.showlegend]
-    assert {trace.name: list(trace.x) for trace in p99} == {"gelu": [50.0, 300.0], "swiglu": [50.0]}
-    assert list(p99[0].marker.symbol) == ["circle", "circle-open"]
+    p99 = {trace.name: trace for trace in drawn["Latency against rate"].data if trace.showlegend and trace.x}
+    assert {name: list(trace.x) for name, trace in p99.items()} == {"gelu": [50, 300], "swiglu": [50]}
+    assert list(p99["gelu"].marker.symbol) == ["circle", "x"]
+    for bar in zip(*(trace.x for trace in drawn["The feed-forward blocks' share"].data), strict=True):
+        assert sum(bar) == pytest.approx(1)
 
 
 def test_the_parts_of_an_answer_add_up_to_its_p50(stored: Path) -> None:

@@ -113,26 +113,29 @@ def _frontier(run: Mapping[str, Any], result: Mapping[str, Any], blocks: pl.Data
 
 
 def _sweep(result: Mapping[str, Any], arms: Sequence[str]) -> list[Section]:
-    sweep = result.get("sweep")
-    if not sweep:
+    if not result.get("sweep"):
         return []
-    knees = {
-        words.name_of(arm): "beyond the rates" if knee["rate"] is None else f"{knee['rate']:.1f}/s"
-        for arm, knee in sweep["knees"].items()
-    }
-    rows = [
-        (words.name_of(row["arm"]), f"{row['rate']:g}", ms(row["p50_ms"]), ms(row["p99_ms"]),
-         f"{row['requests_per_s']:.1f}", f"{row['goodput_per_s']:.1f}", "yes" if row["kept_plan"] else "no")
-        for row in sweep["rows"]
-    ]  # fmt: skip
+
+    def per_s(value: float | None) -> str:
+        return "not reached" if value is None else f"{value:.4g}"
+
+    rows = []
+    for arm in arms:
+        knee, best = result["knee"].get(arm), result["goodput"].get(arm)
+        if knee and best:
+            interval = f"{per_s(knee['low'])} to {per_s(knee['high'])}"
+            rows.append(
+                (words.name_of(arm), per_s(knee["rate"]), interval, f"{best['per_s']:.4g} at {best['rate']:g}/s")
+            )
+    asked = "asked for" if result["objective_given"] else "5 times the baseline's idle p50, since none was asked for"
     return [
         Section(
             "Latency against rate",
-            f"Solid: p99, dotted: p50, from the planned send; open where the plan was not kept. The knee, where p99 "
-            f"crosses {sweep['bound_ms']:.1f} ms: {', '.join(f'{arm} {knee}' for arm, knee in knees.items())}. Goodput "
-            f"counts answers within {sweep['objective_ms']:.1f} ms.",
-            charts.against_rate(sweep["rows"], arms, sweep["bound_ms"]),
-            Table(("arm", "planned/s", "p50", "p99", "answers/s", "goodput/s", "plan kept"), tuple(rows)),
+            "Solid: p99, dotted: p50. The knee is the highest rate at which p99, from the planned time, stays within "
+            f"{ms(result['objective_ms'])} ms ({asked}); good answers are within it. Crosses: the plan was not kept. "
+            "Blocks are short, so just above what a variant carries its queue has little time to grow.",
+            charts.latency_against_rate(result, arms),
+            Table(("arm", "knee, /s", "95 % interval", "most good answers /s"), tuple(rows)),
         )
     ]
 
@@ -171,19 +174,20 @@ def _server(blocks: pl.DataFrame, arms: Sequence[str]) -> list[Section]:
 
 
 def _ffn(result: Mapping[str, Any]) -> list[Section]:
-    """`ffn_share` has what `actuary inspect --profile` says of each model."""
-    if not result.get("ffn_share"):
+    shares = result.get("ffn_share")
+    if not shares:
         return []
-    shares = {model: profile["share"] for model, profile in result["ffn_share"].items()}
-    parts = ("ffn", *charts.MODEL_PARTS)
-    rows = tuple((model, *(f"{share.get(part, 0.0):.1%}" for part in parts)) for model, share in shares.items())
+    rows = [
+        (model, *(f"{its[part]:.1%}" for part in ("ffn", "activation", "attention", "head", "other")))
+        for model, its in shares.items()
+    ]
     return [
         Section(
-            "Inside infer",
-            "Shares of the model's own run, by ONNX Runtime's profile. The feed-forward block is up, activation and "
-            "down: all that another activation can change.",
-            charts.model_parts(shares),
-            Table(("variant", *parts), rows),
+            "The feed-forward blocks' share",
+            "Of the model's own run on one core, by ONNX Runtime's profile: no activation can save more than the "
+            "blocks take, and none costs less than its own part.",
+            charts.ffn_share(shares),
+            Table(("variant", "feed-forward", "of it the activation", "attention", "head", "other"), tuple(rows)),
         )
     ]
 

@@ -11,7 +11,7 @@ import click
 
 from actuary import BadInput
 from loadtest import report as load_report
-from loadtest.compare import against, lent, report, store, verdict
+from loadtest.compare import against, cli, lent, report, store, verdict
 from loadtest.plan import Plan
 from loadtest.samples import in_window, read_samples
 from loadtest.shared import check_json, write
@@ -68,10 +68,12 @@ def _comparison(
     folder: Path, old: Path | None, other_bundles: bool, quality_from: Path | None
 ) -> tuple[list[Path], dict[str, Any]]:
     run = store.read(folder)
-    result = result_of(folder, run)
+    result = _result_of(folder, run)
     if quality_from:
         note = lent.lend_quality(run.run, quality_from)
-        result = {**result, **_judged(run), "said": [*result.get("said", []), note]}
+        design = run.run["design"]
+        judged = verdict.judge(run.run, run.blocks, margin=design["equivalence"], seed=design["seed"])
+        result = {**result, **judged, "said": [*result["said"], note]}
     if old is None:
         return report.write_files(folder, run, result), result
     if old.resolve() == folder.resolve():
@@ -83,7 +85,7 @@ def _comparison(
     return report.write_files(folder, run, result, found), {**result, "against": found}
 
 
-def result_of(folder: Path, run: store.Run) -> dict[str, Any]:
+def _result_of(folder: Path, run: store.Run) -> dict[str, Any]:
     """The verdict that the run ended with; of one that was cut short, what can be said of its rounds."""
     if not run.rounds:
         raise BadInput(f"{folder} holds no finished round; go on with it by `actuary compare --resume {folder}`")
@@ -96,13 +98,7 @@ def result_of(folder: Path, run: store.Run) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise BadInput(f"{folder / RESULT} cannot be read: {error!r}; delete it, and it is judged anew") from error
     cut_short = f"cut short: {len(run.rounds)} rounds of at most {run.run['design']['rounds']} are in this verdict"
-    said = [sentence for each in run.rounds for sentence in each["said"]]
-    return {"schema": store.SCHEMA, "kind": store.KIND, **_judged(run), "said": [cut_short, *said]}
-
-
-def _judged(run: store.Run) -> dict[str, Any]:
-    design = run.run["design"]
-    return verdict.judge(run.run, run.blocks, margin=design["equivalence"], seed=design["seed"])
+    return cli.result_of(folder, "killed", [cut_short])
 
 
 def _load(folder: Path) -> tuple[list[Path], dict[str, Any]]:
