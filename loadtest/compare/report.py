@@ -43,7 +43,7 @@ def write_files(
     name = NAME
     if found:
         parts.insert(0, _against(found))
-        name = f"against-{Path(found['old']).name}"
+        name = f"against-{found['old']}"
     files = {f"{name}.html": draw(run, result, parts), f"{name}.md": markdown(run, result, parts)}
     for file, text in files.items():
         write(folder / file, text)
@@ -78,7 +78,7 @@ def _against(found: Mapping[str, Any]) -> Section:
             for arm in found["arms"]]  # fmt: skip
     rows.append((words.name_of(found["baseline"] + AGAIN), "check", "", "", words.interval(found["aa"])))
     return Section(
-        f"Against {Path(found['old']).name}",
+        f"Against {found['old']}",
         against.said(found),
         charts.forest(found, "p50 now over then, %"),
         Table(("variant", "outcome", f"then, over {found['baseline']}", "now", "now over then"), tuple(rows)),
@@ -292,7 +292,7 @@ def markdown(run: Run, result: Mapping[str, Any], parts: Sequence[Section]) -> s
     lines += [f"- **{outcome}** {_md(sentence)}" for outcome, sentence in words.sentences(result)]
     lines += ["", _md(words.aa(result)), ""]
     for part in parts:
-        lines += [f"## {part.title}", ""]
+        lines += [f"## {_md(part.title)}", ""]
         lines += [_md(part.said), ""] if part.said else []
         lines += [*_md_table(part.table), ""] if part.table else []
     facts = about(run)
