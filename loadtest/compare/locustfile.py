@@ -254,9 +254,9 @@ class _Conductor:
         self.number += 1
         self.waiting, self.rows, self.cpu_share, self.drained = set(workers), [], 0.0, Event()
         began = time.monotonic()
-        said = {"number": self.number, "workers": workers, "visit": asked}
-        gevent.spawn(runner.send_message, VISIT, said)
-        for name, when_s in (("began", 0.0), ("block", visit.settle_s), ("ended", visit.load_s)):
+        self.tell("began", at=began)
+        gevent.spawn(runner.send_message, VISIT, {"number": self.number, "workers": workers, "visit": asked})
+        for name, when_s in (("block", visit.settle_s), ("ended", visit.load_s)):
             gevent.sleep(max(0.0, began + when_s - time.monotonic()))
             self.tell(name, at=time.monotonic())
         while not self.drained.wait(LOOK_S):
