@@ -279,18 +279,48 @@ def server_beside_client(
     return page.stacked("median, ms", [name_of(arm) for arm, _ in rows], parts_ms), rows
 
 
-def ffn_share(shares: Mapping[str, float]) -> go.Figure:
-    """Share of the run that the feed-forward blocks take, by ONNX Runtime's profile."""
-    drawn = figure("share of the model's run", "")
-    models = list(shares)[::-1]
-    drawn.add_bar(
-        y=models,
-        x=[shares[model] for model in models],
-        orientation="h",
-        marker={"color": colour(0)},
-        hovertemplate="%{x:.1%} of the run<extra></extra>",
-    )
-    drawn.update_layout(height=90 + ROW * len(models), bargap=0.35)
+# Of a variant's own run; the activation is within the feed-forward blocks.
+SHARES = {"products of the feed-forward blocks": 0, "activation": 3, "attention": 1, "head": 2, "other": 4}
+
+
+def ffn_share(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
+    """What each variant's run is made of, by ONNX Runtime's profile."""
+    drawn = figure("share of the model's run", "", barmode="stack")
+    models = list(shares)[::-1]  # plotly counts from the bottom
+    for part, index in SHARES.items():
+        drawn.add_bar(
+            y=models,
+            x=[share_of(shares[model], part) for model in models],
+            name=part,
+            orientation="h",
+            marker={"color": GREY if part == "other" else colour(index)},
+            hovertemplate="%{x:.1%} of the run",
+        )
+    drawn.update_layout(height=130 + ROW * len(models), bargap=0.35, legend_traceorder="normal")
     drawn.update_xaxes(tickformat=".0%", range=[0, 1])
     drawn.update_yaxes(type="category")
+    return drawn
+
+
+def share_of(shares: Mapping[str, float], part: str) -> float:
+    return shares["ffn"] - shares["activation"] if part not in shares else shares[part]
+
+
+def latency_against_rate(result: Mapping[str, Any], arms: Sequence[str]) -> go.Figure:
+    """p99 of each arm at each rate; the objective is the line that a knee is at."""
+    drawn = figure("planned arrivals per second", "p99, ms", hovermode="closest")
+    every = [row for row in result["sweep"] if row["p99_ms"] is not None]
+    for index, arm in enumerate(arms):
+        rows = [row for row in every if row["arm"] == arm]
+        drawn.add_scatter(
+            x=[row["rate"] for row in rows],
+            y=[row["p99_ms"] for row in rows],
+            name=name_of(arm),
+            mode="lines+markers",
+            line=page.line(index),
+            marker={"symbol": ["circle" if row["kept_plan"] else "x" for row in rows], "size": 7},
+            hovertemplate="%{x:g}/s: %{y:.1f} ms",
+        )
+    drawn.add_hline(y=result["objective_ms"], line={"color": GREY, "width": 1, "dash": "dash"})
+    drawn.update_yaxes(**log_ticks(np.array([*(row["p99_ms"] for row in every), result["objective_ms"]])))
     return drawn

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from actuary import ActuaryError, BadInput
 from loadtest import plan as planning
-from loadtest.compare import store
+from loadtest.compare import ffn, store, sweep
 from loadtest.compare.arms import Arms
 from loadtest.compare.design import AGAIN, Design
 from loadtest.compare.driver import Comparison, Settled, measure, over, stopping
@@ -94,8 +94,8 @@ def _tidy(folder: Path, keep: bool) -> Iterator[None]:
 
 
 def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: Console) -> dict[str, Any]:
-    if resumed and (ended := _over(folder)):
-        return _result(folder, ended)
+    if resumed and (ended := _over(folder, arguments)):
+        return _judged(arguments, folder, ended, [], console)
     source = None if resumed else _source(arguments)  # before a server is started
 
     def start() -> OwnServer:
@@ -137,15 +137,35 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
             )
             with stopping(comparison):
                 ended = measure(comparison, _settled(run))
+                said = _and_then(comparison, arguments) if ended != "interrupted" else []
     finally:
         own = comparison.own if comparison else own
         if own:
             own.stop()
-    return _result(folder, ended)
+    return _judged(arguments, folder, ended, said, console)
 
 
-def _over(folder: Path) -> str:
+def _judged(arguments: dict[str, Any], folder: Path, ended: str, said: list[str], console: Console) -> dict[str, Any]:
+    """When the server is gone: what of its own bundles is measured without it, and the verdict."""
+    if not arguments["url"] and ended != "interrupted":
+        with console.status("where each variant's time goes"):
+            ffn.measure(folder, Path(arguments["bundles"]), Path(arguments["ops"]))
+    return _result(folder, ended, said)
+
+
+def _and_then(comparison: Comparison, arguments: dict[str, Any]) -> list[str]:
+    """What is measured after the blocks, with the same server; why it ended early, where it did."""
+    if not arguments.get("sweep"):
+        return []
+    why = sweep.measure(comparison, arguments["sweep"], arguments["objective_ms"])
+    return [why] if why else []
+
+
+def _over(folder: Path, arguments: dict[str, Any]) -> str:
+    """Why no load is missing; empty where some is."""
     kept = store.read(folder)
+    if arguments.get("sweep") and sweep.missing_s(folder, arguments["sweep"]):
+        return ""
     return over(Design.of_json(kept.run["design"]), kept.blocks, _settled(kept.run))
 
 
@@ -256,7 +276,7 @@ def _settled(run: dict[str, Any]) -> Settled:
     return settled
 
 
-def _result(folder: Path, ended: str) -> dict[str, Any]:
+def _result(folder: Path, ended: str, said: list[str]) -> dict[str, Any]:
     kept = store.read(folder)
     if not kept.rounds:
         raise ActuaryError(f"stopped before the first round was finished, nothing to judge; --resume {folder} goes on")
@@ -269,8 +289,10 @@ def _result(folder: Path, ended: str) -> dict[str, Any]:
         "kind": store.KIND,
         **judged,
         "ended": ended,
-        "said": _said(kept),
+        "said": [*_said(kept), *said, *ffn.said(folder)],
         "cold": kept.warmup,
+        **sweep.result(folder, design, kept.run["arguments"].get("objective_ms")),
+        **ffn.result(folder),
     }
 
 

@@ -211,7 +211,7 @@ class _State:
                     "void": why_void(seen.rows, visit),
                 }
             )
-            frames.append(_frame(seen.rows, where, began_s))
+            frames.append(frame_of(seen.rows, where, began_s))
         samples = pl.concat(frames)
         said, self.comparison.said = self.comparison.said, []
         store.write_round(self.comparison.folder, self.number, samples, {"at": began, "blocks": facts, "said": said})
@@ -282,7 +282,7 @@ def _warm_facts(seen: Seen) -> dict[str, Any]:
     }
 
 
-def _frame(rows: Sequence[dict[str, Any]], where: dict[str, Any], began_s: float) -> pl.DataFrame:
+def frame_of(rows: Sequence[dict[str, Any]], where: dict[str, Any], began_s: float) -> pl.DataFrame:
     schema = {name: kind for name, kind in store.SAMPLES.items() if name not in where}
     moved = [pl.col(name) + began_s for name in ("planned_s", "at_s")]
     return (

@@ -61,6 +61,15 @@ _OPTIONS = (
     _option("--top-k", type=click.IntRange(0), default=10, help="Tokens asked for."),
     _option("--block", type=POSITIVE, default=1.0, help="Seconds of one measured block."),
     _option("--settle", type=Finite(min=0), default=0.2, help="Seconds before it, discarded."),
+    _option(
+        "--sweep", type=POSITIVE, metavar="MINUTES", help="Then so many more at rising rates: where each one's knee is."
+    ),
+    _option(
+        "--objective-ms",
+        type=POSITIVE,
+        help="With --sweep: good answers are within it, and the knee is where p99 leaves it.  [default: 5 times the "
+        "baseline's idle p50]",
+    ),
     _option("--seed", type=click.IntRange(0), default=0, help="Of orders, prompts and arrivals."),
     _option("--timeout", type=POSITIVE, default=30.0, help="Seconds until a request failed."),
     _option("--fixed", is_flag=True, help="All of --minutes, although it is settled before."),
@@ -98,6 +107,10 @@ def arguments_of(given: dict[str, Any]) -> dict[str, Any]:
         raise BadInput("--lengths says how a text is cut; give the text with --corpus")
     if asked["traffic"] and asked["rate"]:
         raise BadInput("--rate: recorded traffic has its own times; --speed hurries them")
+    if asked["traffic"] and asked["sweep"]:
+        raise BadInput("--sweep chooses its own rates; recorded traffic has its own times: leave one of the two out")
+    if asked["objective_ms"] and not asked["sweep"]:
+        raise BadInput("--objective-ms is what --sweep looks for; give it its minutes")
     if asked["users"] is None:
         asked["users"] = (
             free_users(float(asked["rate"])) if asked["rate"] else USERS_OF_TRAFFIC if asked["traffic"] else USERS
