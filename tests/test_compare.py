@@ -475,6 +475,8 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
         (("--traffic", "t.jsonl", "--rate", "5"), "has its own times"),
         (("--prompts", "p.txt", "--corpus", "p.txt"), "both say what to send"),
         (("--lengths", "fixed:8"), "--corpus"),
+        (("--workers", "3", "--users", "2"), "give each one"),
+        (("--rate", "9", "--block", "0.5"), "fewer than 5 requests"),
         (("--master", "nowhere", "--workers", "1"), "HOST:PORT"),
         (("--master", "127.0.0.1:5557"), "--workers"),
         (("--json", "."), "is a folder"),
