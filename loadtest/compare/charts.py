@@ -27,6 +27,14 @@ OUTCOMES = {
 }
 BAND = "rgba(138, 143, 152, 0.18)"
 PARTS = ("queue", "tokenize", "infer")
+# Of a model's run: the feed-forward blocks in one hue, then the others.
+RUN_PARTS = {
+    "products of the feed-forward blocks": "#f0a56f",
+    "activation": "#c2571a",
+    "attention": "#3b8bd0",
+    "head": "#8f7ae0",
+    "other": GREY,
+}
 ROW = 34  # pixels of one arm
 SIDES = ("top right", "bottom right", "top left", "bottom left", "top center", "bottom center")  # for a point's name
 
@@ -279,48 +287,36 @@ def server_beside_client(
     return page.stacked("median, ms", [name_of(arm) for arm, _ in rows], parts_ms), rows
 
 
-# Of a variant's own run; the activation is within the feed-forward blocks.
-SHARES = {"products of the feed-forward blocks": 0, "activation": 3, "attention": 1, "head": 2, "other": 4}
-
-
 def ffn_share(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
-    """What each variant's run is made of, by ONNX Runtime's profile."""
-    drawn = figure("share of the model's run", "", barmode="stack")
-    models = list(shares)[::-1]  # plotly counts from the bottom
-    for part, index in SHARES.items():
-        drawn.add_bar(
-            y=models,
-            x=[share_of(shares[model], part) for model in models],
-            name=part,
-            orientation="h",
-            marker={"color": GREY if part == "other" else colour(index)},
-            hovertemplate="%{x:.1%} of the run",
-        )
-    drawn.update_layout(height=130 + ROW * len(models), bargap=0.35, legend_traceorder="normal")
+    """What each variant's own run is made of, by ONNX Runtime's profile; `ffn` counts the activation in."""
+    parts = {
+        "products of the feed-forward blocks": [share["ffn"] - share["activation"] for share in shares.values()],
+        **{part: [share[part] for share in shares.values()] for part in ("activation", "attention", "head", "other")},
+    }
+    drawn = page.stacked("share of the model's run", list(shares), parts, RUN_PARTS, "%{x:.1%} of the run")
     drawn.update_xaxes(tickformat=".0%", range=[0, 1])
-    drawn.update_yaxes(type="category")
     return drawn
 
 
-def share_of(shares: Mapping[str, float], part: str) -> float:
-    return shares["ffn"] - shares["activation"] if part not in shares else shares[part]
-
-
 def latency_against_rate(result: Mapping[str, Any], arms: Sequence[str]) -> go.Figure:
-    """p99 of each arm at each rate; the objective is the line that a knee is at."""
-    drawn = figure("planned arrivals per second", "p99, ms", hovermode="closest")
+    """p99, and dotted p50, of each arm at each rate; the objective is the line that a knee is at."""
+    drawn = figure("planned arrivals per second", "latency from the planned send, ms", hovermode="closest")
     every = [row for row in result["sweep"] if row["p99_ms"] is not None]
     for index, arm in enumerate(arms):
         rows = [row for row in every if row["arm"] == arm]
-        drawn.add_scatter(
-            x=[row["rate"] for row in rows],
-            y=[row["p99_ms"] for row in rows],
-            name=name_of(arm),
-            mode="lines+markers",
-            line=page.line(index),
-            marker={"symbol": ["circle" if row["kept_plan"] else "x" for row in rows], "size": 7},
-            hovertemplate="%{x:g}/s: %{y:.1f} ms",
-        )
+        for percentile, dash in (("p50", "dot"), ("p99", "solid")):
+            drawn.add_scatter(
+                x=[row["rate"] for row in rows],
+                y=[row[f"{percentile}_ms"] for row in rows],
+                name=name_of(arm),
+                legendgroup=arm,
+                showlegend=percentile == "p99",
+                mode="lines+markers" if percentile == "p99" else "lines",
+                line={"width": 2 if percentile == "p99" else 1, "color": colour(index), "dash": dash},
+                marker={"symbol": ["circle" if row["kept_plan"] else "x" for row in rows], "size": 7},
+                hovertemplate=f"{percentile} %{{y:.1f}} ms at %{{x:g}}/s<extra>{name_of(arm)}</extra>",
+            )
     drawn.add_hline(y=result["objective_ms"], line={"color": GREY, "width": 1, "dash": "dash"})
-    drawn.update_yaxes(**log_ticks(np.array([*(row["p99_ms"] for row in every), result["objective_ms"]])))
+    values = [row[name] for row in every for name in ("p50_ms", "p99_ms")]
+    drawn.update_yaxes(**log_ticks(np.array([*values, result["objective_ms"]])))
     return drawn

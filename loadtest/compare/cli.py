@@ -150,7 +150,7 @@ def _judged(arguments: dict[str, Any], folder: Path, ended: str, said: list[str]
     if not arguments["url"] and ended != "interrupted":
         with console.status("where each variant's time goes"):
             ffn.measure(folder, Path(arguments["bundles"]), Path(arguments["ops"]))
-    return _result(folder, ended, said)
+    return result_of(folder, ended, said)
 
 
 def _and_then(comparison: Comparison, arguments: dict[str, Any]) -> list[str]:
@@ -276,7 +276,8 @@ def _settled(run: dict[str, Any]) -> Settled:
     return settled
 
 
-def _result(folder: Path, ended: str, said: list[str]) -> dict[str, Any]:
+def result_of(folder: Path, ended: str, said: list[str]) -> dict[str, Any]:
+    """What is to be said of a run's folder: the verdict on its rounds, and what was measured beside them."""
     kept = store.read(folder)
     if not kept.rounds:
         raise ActuaryError(f"stopped before the first round was finished, nothing to judge; --resume {folder} goes on")

@@ -130,8 +130,8 @@ def _sweep(result: Mapping[str, Any], arms: Sequence[str]) -> list[Section]:
     asked = "asked for" if result["objective_given"] else "5 times the baseline's idle p50, since none was asked for"
     return [
         Section(
-            "How much each one carries",
-            "The knee is the highest rate at which p99, from the planned time, stays within "
+            "Latency against rate",
+            "Solid: p99, dotted: p50. The knee is the highest rate at which p99, from the planned time, stays within "
             f"{ms(result['objective_ms'])} ms ({asked}); good answers are within it. Crosses: the plan was not kept. "
             "Blocks are short, so just above what a variant carries its queue has little time to grow.",
             charts.latency_against_rate(result, arms),
