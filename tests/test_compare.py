@@ -17,6 +17,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import psutil
 import pytest
@@ -179,7 +180,10 @@ def test_arms_never_overlap_and_come_in_the_order_of_the_design(stand_in: Server
     spans = ends.collect().sort("round", "position").select("first", "last").rows()
     for (_, last), (first, _) in pairwise(spans):
         assert first > last - 0.002, "a request left before the arm before it was answered"
-        assert first - last < 0.5, "one Locust for all blocks: the next begins at once"
+
+    assert np.median([first - last for (_, last), (first, _) in pairwise(spans)]) < 1, (
+        "Locust starts once, not per block"
+    )
 
     blocks = {arm: each for (arm,), each in kept.blocks.group_by("arm")}
     assert set(blocks) == {"fast", "slow", "fast" + AGAIN}
@@ -198,12 +202,12 @@ def test_open_arrivals_leave_as_planned(arrivals: str, stand_in: Server, tmp_pat
     samples = kept.samples.collect()
     for number, position, arm in kept.blocks.select("round", "position", "arm").rows():
         its = samples.filter((pl.col("round") == number) & (pl.col("position") == position)).sort("planned_s")
-        planned = [when_s for when_s, _ in design.visit(number, arm).planned(_count(4))]
+        planned = [when_s for when_s, _ in design.visit(number, arm).planned(_count(8))]
         assert its.height == len(planned)
         began_s = its["planned_s"][0] - planned[0]
         assert its["planned_s"].to_list() == pytest.approx([began_s + when_s for when_s in planned], abs=1e-3)
         late_ms = ((its["at_s"] - its["planned_s"]) * 1000).to_list()
-        assert its["late_ms"].to_list() == pytest.approx(late_ms, abs=0.01)
+        assert its["late_ms"].to_list() == pytest.approx(late_ms, abs=0.25)  # of times to 0.1 ms
 
 
 def _count(requests: int) -> Any:
@@ -272,9 +276,9 @@ def test_a_stall_of_the_server_is_in_the_corrected_p99_alone(bundles: Path, prom
     assert code == 0, errors
     stalled, *others = _whole(tmp_path / "run", rounds=1).blocks.to_dicts()
     assert stalled["p99_ms"] > 800
-    assert stalled["uncorrected_p99_ms"] < 400
+    assert stalled["uncorrected_p99_ms"] < stalled["p99_ms"] / 2
     assert stalled["void"] == "", "the server stood still, and the client kept its plan"
-    assert all(block["p99_ms"] < 800 for block in others)
+    assert all(block["p99_ms"] < stalled["p99_ms"] for block in others)
 
 
 def test_a_client_that_stands_still_voids_its_block_and_says_so(stand_in: Server, tmp_path: Path) -> None:
@@ -471,6 +475,8 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
         (("--traffic", "t.jsonl", "--rate", "5"), "has its own times"),
         (("--prompts", "p.txt", "--corpus", "p.txt"), "both say what to send"),
         (("--lengths", "fixed:8"), "--corpus"),
+        (("--workers", "3", "--users", "2"), "give each one"),
+        (("--rate", "9", "--block", "0.5"), "fewer than 5 requests"),
         (("--master", "nowhere", "--workers", "1"), "HOST:PORT"),
         (("--master", "127.0.0.1:5557"), "--workers"),
         (("--json", "."), "is a folder"),
@@ -545,6 +551,7 @@ def test_resume_refuses_what_is_not_the_run(stand_in: Server, refused: Any, tmp_
     file = tmp_path / "run" / store.RUN
     kept = json.loads(file.read_text())
     kept["arms"][0]["facts"]["files"] = {"model.onnx": "1" * 64}
+    kept["design"]["minutes"] = 5  # of which most are missing
     file.write_text(json.dumps(kept))
     code, message = refused("--resume", "run")
     assert (code, "another bundle" in message) == (2, True)

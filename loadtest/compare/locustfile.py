@@ -37,7 +37,7 @@ from loadtest.samples import DIGITS
 
 log = logging.getLogger(__name__)
 
-PLAN, VISIT, DRAINED, USERS = "actuary-plan", "actuary-visit", "actuary-drained", "actuary-users"
+PLAN, VISIT, DRAINED = "actuary-plan", "actuary-visit", "actuary-drained"
 LOOK_S = 0.5  # between two looks whether a worker is still there
 
 
@@ -99,9 +99,11 @@ class _Node:
 
     def visit(self, environment: Environment, msg: Any, **_: Any) -> None:
         """Wakes the users; when the last has finished, sends what they saw."""
-        assert self.workload is not None
         runner = environment.runner
         assert isinstance(runner, LocalRunner | WorkerRunner)
+        if runner.client_id not in msg.data["workers"]:
+            return  # it joined a moment ago, and has no users yet
+        assert self.workload is not None
         while self.waiting < runner.user_count:  # those that were made a moment ago
             gevent.sleep(TIMER_STEP_S)
         share = (msg.data["workers"].index(runner.client_id), len(msg.data["workers"]))
@@ -254,9 +256,9 @@ class _Conductor:
         self.number += 1
         self.waiting, self.rows, self.cpu_share, self.drained = set(workers), [], 0.0, Event()
         began = time.monotonic()
-        said = {"number": self.number, "workers": workers, "visit": asked}
-        gevent.spawn(runner.send_message, VISIT, said)
-        for name, when_s in (("began", 0.0), ("block", visit.settle_s), ("ended", visit.load_s)):
+        self.tell("began", at=began)
+        gevent.spawn(runner.send_message, VISIT, {"number": self.number, "workers": workers, "visit": asked})
+        for name, when_s in (("block", visit.settle_s), ("ended", visit.load_s)):
             gevent.sleep(max(0.0, began + when_s - time.monotonic()))
             self.tell(name, at=time.monotonic())
         while not self.drained.wait(LOOK_S):

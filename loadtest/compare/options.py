@@ -19,6 +19,7 @@ from loadtest.shared import POSITIVE, Finite, free_users
 BUNDLES, OPS = Path("artifacts/bundles"), Path("artifacts/ops")
 USERS = 4
 USERS_OF_TRAFFIC = 64
+LEAST_PLANNED = 5  # in a block: of Poisson arrivals one block in 150 has then none
 # What --resume does not take from the run: where its result goes.
 FREE = ("resume", "json_file")
 
@@ -114,6 +115,13 @@ def arguments_of(given: dict[str, Any]) -> dict[str, Any]:
     if asked["users"] is None:
         asked["users"] = (
             free_users(float(asked["rate"])) if asked["rate"] else USERS_OF_TRAFFIC if asked["traffic"] else USERS
+        )
+    if asked["workers"] > asked["users"]:
+        raise BadInput(f"--workers {asked['workers']} have {asked['users']} users between them; give each one, or more")
+    if asked["rate"] and asked["rate"] * asked["block"] < LEAST_PLANNED:
+        raise BadInput(
+            f"--rate {asked['rate']:g} plans fewer than {LEAST_PLANNED} requests in a --block of {asked['block']:g} s, "
+            "which have no median to speak of; raise one of the two"
         )
     if asked["variants"] is not None:
         names = [name.strip() for name in asked["variants"].split(",")]
