@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,6 +128,7 @@ def quality_against_latency(
             mode="markers+text",
             text=[f"<b>{point.model}</b>" if point.best else point.model],
             textposition=place,
+            textfont={"color": paint},
             marker={"size": 12, "color": paint, "symbol": "circle" if point.best else "circle-open", "line_width": 2},
             error_x=_bar(x, in_percent(point.low), in_percent(point.high), paint),
             error_y=_bar(point.bits, point.bits_low, point.bits_high, paint),
@@ -185,8 +187,11 @@ def _places(points: Sequence[Point], x_range: Sequence[float], y_range: Sequence
         boxes += [(x, y - 0.004, next_x, y + 0.004), (next_x - 0.004, next_y, next_x + 0.004, y)]
     places = []
     for point, spot in zip(points, spots, strict=True):
-        sides = {side: _box(side, spot, len(point.model)) for side in SIDES}
-        places.append(min(sides, key=lambda side, sides=sides: _covers(sides[side], boxes)))  # the first of the best
+        near = min((other for other in spots if other != spot), key=lambda other: math.dist(other, spot), default=spot)
+        away = "left" if near[0] > spot[0] else "right"  # so that a name is not taken for its neighbour's
+        order = sorted(SIDES, key=lambda side: not side.endswith(away))
+        sides = {side: _box(side, spot, len(point.model)) for side in order}
+        places.append(min(order, key=lambda side, sides=sides: _covers(sides[side], boxes)))  # the first of the best
         boxes.append(sides[places[-1]])
     return places
 
