@@ -146,9 +146,9 @@ def test_what_the_variants_do_not_share_is_noted(stored: Path) -> None:
     run = store.read(stored).run
     run["arms"][3]["facts"]["layers"] = 12
     run["arms"][2]["facts"]["unfused"] = ["relu"]
-    said = words.notes(run, {"said": ["s"]})
+    said = words.notes(run, {"said": ["s"], "baseline": "gelu"})
     assert said[0] == "s"
-    assert [note for note in said if "number of layers" in note and "silu 12" in note]
+    assert [note for note in said if "not the baseline's number of layers, 6: silu 12;" in note]
     assert [note for note in said if "without a fused operator: relu" in note]
     assert len(said) == 3
 

@@ -105,10 +105,13 @@ def _frontier(run: Mapping[str, Any], result: Mapping[str, Any], blocks: pl.Data
     p50 = words.medians(blocks, ["p50_ms"]).get(baseline, {}).get("p50_ms")
     if not points or p50 is None:
         return Section(title, why_not or f"{baseline} was never answered well, so there is no latency to draw.")
-    doubt = "" if result["fit"] else "Its latencies are not to be trusted, as said at the top. "
+    doubt = "" if result["fit"] else "The latencies are not to be trusted, as said at the top."
+    unsettled = [arm["model"] for arm in result["arms"] if arm["outcome"] == "inconclusive"]
+    if unsettled and result["fit"]:
+        doubt = f"How far to the left or right is not settled of {', '.join(unsettled)}."
     return Section(
         title,
-        doubt + frontier.said(points, frontier.unknown(run, points)),
+        f"{frontier.said(points, frontier.unknown(run, points))} {doubt}".strip(),
         charts.quality_against_latency(points, words.arms_of(run), baseline, p50),
         frontier.table(points, baseline, p50),
     )
@@ -220,7 +223,8 @@ def _cold(run: Run, arms: Sequence[str]) -> list[Section]:
 def about(run: Run) -> dict[str, str]:
     """What it takes to repeat the comparison, in plain text; the first is a command."""
     record, design = run.run, run.run["design"]
-    shown = ("block_s", "settle_s", "minutes", "users", "rate", "arrivals", "cycle", "seed", "timeout_s", "fixed")
+    shown = ["block_s", "settle_s", "minutes", "users", "cycle", "seed", "timeout_s", "fixed"]
+    shown += ["rate", "arrivals"] if words.planned(design) else []
     return {
         "Repeat it": record["command"],
         "Design": "blocks in Williams' order, " + _pairs({name: design.get(name) for name in shown}),
@@ -229,7 +233,7 @@ def about(run: Run) -> dict[str, str]:
         "Machine": _pairs(record["machine"]),
         "Versions": _pairs(record["versions"]),
         "Figures": (
-            f"latency in ms from {'the send' if design['rate'] is None else 'the planned send'} to the last byte, of "
+            f"latency in ms from {'the planned send' if words.planned(design) else 'the send'} to the last byte, of "
             "answers that went well; raw samples in rounds/*.parquet, the verdict in result.json, the bundles' sha256 "
             "in full in run.json"
         ),
