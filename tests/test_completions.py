@@ -15,13 +15,12 @@ import pytest
 import torch
 from completing import CONTEXT, V, ask, completions_client, joined, one, streamed
 from fastapi.testclient import TestClient
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from service.completions import ENTRY_BYTES, prepare
 from service.completions_schema import CompletionRequest
-from service.json_text import dumps
 
 small = settings(max_examples=100, deadline=None)
 
@@ -263,15 +262,6 @@ def test_times_and_metrics(client: TestClient) -> None:
     streamed(client, max_tokens=2)
     assert count("infer") == before + 1
     assert 'actuary_requests_total{model="gelu",route="/v1/completions",status="200"}' in client.get("/metrics").text
-
-
-@small
-@given(st.recursive(st.none() | st.integers() | st.text(), lambda i: st.lists(i) | st.dictionaries(st.text(), i)))
-@example({str(at): at for at in range(2_500)})
-@example([{"a": [1.5, None] * 800, "b": "c"}, list(range(3_000))])
-@example({"tops": [{str(at): 0.5 for at in range(300)}] * 10})
-def test_json_in_pieces_is_the_same_json(value: object) -> None:
-    assert json.loads(dumps(value)) == value
 
 
 def test_the_document_describes_it(client: TestClient) -> None:
