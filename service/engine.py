@@ -256,12 +256,12 @@ class Engine:
 
     def _next_batch(self) -> Batch:
         """The next one of the variant whose turn it is; empty where nothing can be computed now."""
-        ready = [variant for variant, schedule in self._schedules.items() if schedule]
-        for variant in ready:
+        for variant in [variant for variant, schedule in self._schedules.items() if schedule]:
             schedule = self._schedules[variant]
             if self._runs_small(variant) and schedule.joins:
                 continue  # once that one is over
-            if batch := schedule.next_batch(max(1, self._free - len(ready) + 1)):
+            others = sum(each.able for each in self._schedules.values() if each is not schedule)
+            if batch := schedule.next_batch(max(1, self._free - others)):
                 self._schedules[variant] = self._schedules.pop(variant)  # at the end: the other variants come first
                 for sequence, _ in batch:
                     self._begin(sequence)
@@ -280,7 +280,7 @@ class Engine:
 
     def _is_wide(self, batch: Batch) -> bool:
         variant = batch[0][0].job.variant
-        if self._running or any(self._schedules.values()):
+        if self._running or any(schedule.able for schedule in self._schedules.values()):
             return False
         return variant.faster_wide(_tokens(batch))
 

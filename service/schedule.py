@@ -51,6 +51,7 @@ class Schedule:
         self._prompt_tokens = math.ceil(PROMPT_SHARE * self._max_tokens)
         self._prompt_rows = math.ceil(PROMPT_SHARE * self._max_rows)
         self._full = False  # whether some found no slots for the last batch
+        self._found = 0  # slots that there were then
         # Each in the order of arrival; what is in a batch, or follows another, is in none of them.
         self._generating: dict[Sequence, None] = {}
         self._prefilling: dict[Sequence, None] = {}
@@ -58,8 +59,17 @@ class Schedule:
         self._leaders: dict[tuple[int, ...], Sequence] = {}
 
     def __len__(self) -> int:
-        """Sequences that could be in the next batch."""
+        """Sequences that wait for a batch, or for slots first."""
         return len(self._generating) + len(self._prefilling) + len(self._waiting)
+
+    @property
+    def able(self) -> bool:
+        """Whether any could be in the next batch: those of readers that found no slots wait until there are more."""
+        if self._generating or self._prefilling:
+            return True
+        if self.cache and self._full and self.cache.available <= self._found:
+            return any(not sequence.job.reader for sequence in self._waiting)
+        return bool(self._waiting)
 
     def add(self, sequence: Sequence) -> None:
         """It is new, or its batch is over."""
@@ -121,6 +131,8 @@ class Schedule:
             tokens -= cost
             rows -= max(1, piece.rows)
         self._full = full
+        if self.cache and full:
+            self._found = self.cache.available
         for sequence, _ in batch:
             for queue in self._queues:
                 queue.pop(sequence, None)
