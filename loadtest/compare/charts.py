@@ -27,6 +27,14 @@ OUTCOMES = {
 }
 BAND = "rgba(138, 143, 152, 0.18)"
 PARTS = ("queue", "tokenize", "infer")
+# Of a model's run: the feed-forward blocks in one hue, then the others.
+RUN_PARTS = {
+    "products of the feed-forward blocks": "#f0a56f",
+    "activation": "#c2571a",
+    "attention": "#3b8bd0",
+    "head": "#8f7ae0",
+    "other": GREY,
+}
 ROW = 34  # pixels of one arm
 SIDES = ("top right", "bottom right", "top left", "bottom left", "top center", "bottom center")  # for a point's name
 
@@ -279,18 +287,36 @@ def server_beside_client(
     return page.stacked("median, ms", [name_of(arm) for arm, _ in rows], parts_ms), rows
 
 
-def ffn_share(shares: Mapping[str, float]) -> go.Figure:
-    """Share of the run that the feed-forward blocks take, by ONNX Runtime's profile."""
-    drawn = figure("share of the model's run", "")
-    models = list(shares)[::-1]
-    drawn.add_bar(
-        y=models,
-        x=[shares[model] for model in models],
-        orientation="h",
-        marker={"color": colour(0)},
-        hovertemplate="%{x:.1%} of the run<extra></extra>",
-    )
-    drawn.update_layout(height=90 + ROW * len(models), bargap=0.35)
+def ffn_share(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
+    """What each variant's own run is made of, by ONNX Runtime's profile; `ffn` counts the activation in."""
+    parts = {
+        "products of the feed-forward blocks": [share["ffn"] - share["activation"] for share in shares.values()],
+        **{part: [share[part] for share in shares.values()] for part in ("activation", "attention", "head", "other")},
+    }
+    drawn = page.stacked("share of the model's run", list(shares), parts, RUN_PARTS, "%{x:.1%} of the run")
     drawn.update_xaxes(tickformat=".0%", range=[0, 1])
-    drawn.update_yaxes(type="category")
+    return drawn
+
+
+def latency_against_rate(result: Mapping[str, Any], arms: Sequence[str]) -> go.Figure:
+    """p99, and dotted p50, of each arm at each rate; the objective is the line that a knee is at."""
+    drawn = figure("planned arrivals per second", "latency from the planned send, ms", hovermode="closest")
+    every = [row for row in result["sweep"] if row["p99_ms"] is not None]
+    for index, arm in enumerate(arms):
+        rows = [row for row in every if row["arm"] == arm]
+        for percentile, dash in (("p50", "dot"), ("p99", "solid")):
+            drawn.add_scatter(
+                x=[row["rate"] for row in rows],
+                y=[row[f"{percentile}_ms"] for row in rows],
+                name=name_of(arm),
+                legendgroup=arm,
+                showlegend=percentile == "p99",
+                mode="lines+markers" if percentile == "p99" else "lines",
+                line={"width": 2 if percentile == "p99" else 1, "color": colour(index), "dash": dash},
+                marker={"symbol": ["circle" if row["kept_plan"] else "x" for row in rows], "size": 7},
+                hovertemplate=f"{percentile} %{{y:.1f}} ms at %{{x:g}}/s<extra>{name_of(arm)}</extra>",
+            )
+    drawn.add_hline(y=result["objective_ms"], line={"color": GREY, "width": 1, "dash": "dash"})
+    values = [row[name] for row in every for name in ("p50_ms", "p99_ms")]
+    drawn.update_yaxes(**log_ticks(np.array([*values, result["objective_ms"]])))
     return drawn

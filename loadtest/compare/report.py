@@ -64,7 +64,7 @@ def sections(run: Run, result: Mapping[str, Any]) -> list[Section]:
             page.ecdf({words.name_of(arm): values for arm, values in latencies.items()}),
             words.quantiles_table(latencies),
         ),
-        *_sweep(result),
+        *_sweep(result, arms),
         _time_line(run.blocks, arms),
         *_server(run.blocks, arms),
         *_ffn(result),
@@ -112,8 +112,32 @@ def _frontier(run: Mapping[str, Any], result: Mapping[str, Any], blocks: pl.Data
     )
 
 
-def _sweep(result: Mapping[str, Any]) -> list[Section]:
-    return []
+def _sweep(result: Mapping[str, Any], arms: Sequence[str]) -> list[Section]:
+    if not result.get("sweep"):
+        return []
+
+    def per_s(value: float | None) -> str:
+        return "not reached" if value is None else f"{value:.4g}"
+
+    rows = []
+    for arm in arms:
+        knee, best = result["knee"].get(arm), result["goodput"].get(arm)
+        if knee and best:
+            interval = f"{per_s(knee['low'])} to {per_s(knee['high'])}"
+            rows.append(
+                (words.name_of(arm), per_s(knee["rate"]), interval, f"{best['per_s']:.4g} at {best['rate']:g}/s")
+            )
+    asked = "asked for" if result["objective_given"] else "5 times the baseline's idle p50, since none was asked for"
+    return [
+        Section(
+            "Latency against rate",
+            "Solid: p99, dotted: p50. The knee is the highest rate at which p99, from the planned time, stays within "
+            f"{ms(result['objective_ms'])} ms ({asked}); good answers are within it. Crosses: the plan was not kept. "
+            "Blocks are short, so just above what a variant carries its queue has little time to grow.",
+            charts.latency_against_rate(result, arms),
+            Table(("arm", "knee, /s", "95 % interval", "most good answers /s"), tuple(rows)),
+        )
+    ]
 
 
 def _time_line(blocks: pl.DataFrame, arms: Sequence[str]) -> Section:
@@ -153,12 +177,17 @@ def _ffn(result: Mapping[str, Any]) -> list[Section]:
     shares = result.get("ffn_share")
     if not shares:
         return []
+    rows = [
+        (model, *(f"{its[part]:.1%}" for part in ("ffn", "activation", "attention", "head", "other")))
+        for model, its in shares.items()
+    ]
     return [
         Section(
             "The feed-forward blocks' share",
-            "Of the model's own run, by ONNX Runtime's profile: no activation can save more than this.",
+            "Of the model's own run on one core, by ONNX Runtime's profile: no activation can save more than the "
+            "blocks take, and none costs less than its own part.",
             charts.ffn_share(shares),
-            Table(("variant", "share of the run"), tuple((name, f"{share:.1%}") for name, share in shares.items())),
+            Table(("variant", "feed-forward", "of it the activation", "attention", "head", "other"), tuple(rows)),
         )
     ]
 
