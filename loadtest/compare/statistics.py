@@ -179,16 +179,23 @@ def looks(blocks: pl.DataFrame, design: Design) -> list[Look]:
     The driver looks after each cycle, or each few where that would be more than LOOKS. With `fixed` it does not look.
     A run that has used up its rounds or its minutes may spend all that is left of its level.
     """
-    done = blocks["round"].n_unique()
-    end_s = blocks.select((pl.col("began_s") + pl.col("window_s")).max()).item() or 0.0
-    out_of_time = end_s + design.round_s > design.minutes * 60
+    ends = blocks.group_by("round").agg((pl.col("began_s") + pl.col("window_s")).max().alias("end_s"))
+    end_s = ends.sort("round")["end_s"].to_list()
     counted = np.sort(whole_rounds(blocks)["round"].unique().to_numpy())
-    on_the_way = [] if design.fixed else range(every(design), done, every(design))
-    taken = [Look(int(np.searchsorted(counted, at)), min(1.0, at / design.rounds)) for at in on_the_way]
-    last = Look(len(counted), 1.0 if out_of_time else min(1.0, done / design.rounds))
-    # A look that saw no new round that counts was none.
-    later = [look for before, look in zip([Look(0, 0.0), *taken], taken, strict=False) if look.rounds > before.rounds]
-    return [look for look in later if look.rounds < last.rounds] + [last]
+
+    def look(done: int) -> Look:
+        # Rounds take longer than their load, so fewer may fit than planned: then time says how far the run is.
+        share = max(done / design.rounds, end_s[done - 1] / (design.minutes * 60))
+        over = end_s[done - 1] + design.round_s > design.minutes * 60
+        return Look(int(np.searchsorted(counted, done)), 1.0 if over else min(1.0, share))
+
+    found = [Look(0, 0.0)]
+    for done in [*([] if design.fixed else range(every(design), len(end_s), every(design))), len(end_s)]:
+        if done and look(done).rounds > found[-1].rounds:  # a look that sees no new round that counts is none
+            found.append(look(done))
+    if len(end_s) and len(found) > 1:
+        found[-1] = Look(found[-1].rounds, look(len(end_s)).share)
+    return found[1:]
 
 
 def every(design: Design) -> int:
