@@ -75,7 +75,7 @@ serve: | $(VENV)/.installed ## Serve what was exported
 load: | $(VENV)/.installed ## Load on the running service, one row per variant
 	$(ACTUARY) load --url http://127.0.0.1:$(PORT)
 
-bench: $(OPS)/library.json $(VENV)/.installed-bench ## Our server against other engines, over an hour; stopped, it goes on. BENCH=--quick gives arguments
+bench: $(OPS)/library.json $(VENV)/.installed-bench ## Our server against other engines, 40 minutes; stopped, it goes on. BENCH=--quick gives arguments
 	$(ACTUARY) bench serve --ops $(OPS) --out $(ARTIFACTS)/bench-serve $(BENCH)
 
 test: $(VENV)/.installed-dev ## Every test that this machine can run

@@ -45,6 +45,7 @@ from service.schema import (
 from service.score import score
 from service.sequence import Runs
 from service.settings import Settings
+from service.shortcut import Shortcut
 from service.tokens import Tokens
 from service.variant import Variant
 
@@ -111,6 +112,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.service = service
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_bad_request)
+    app.add_middleware(Shortcut, routes=v1.routes)  # within the frame
     app.add_middleware(
         Frame, max_body_bytes=settings.max_body_bytes, timeout_s=settings.timeout_s, metrics=service.metrics
     )

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+from pydantic_core import to_json
+
 from service.choice import Choice, Piece, Prompt, ends_of, sampling_of
 from service.completions_schema import CompletionRequest
 from service.detokenizer import Detokenizer
 from service.engine import Done, Job
 from service.errors import Invalid, shown
-from service.json_text import dumps
 from service.library import Library
 from service.logprobs import Entries
 from service.next_token import (
@@ -134,7 +135,7 @@ async def complete(asked: CompletionRequest, library: Library, engine: Runs, set
     def body() -> bytes:
         choices = [completing.choice(index, its, first=True) for index, its in enumerate(pieces)]
         usage = completing.usage([its[-1].generated for its in pieces], done)
-        return dumps({**completing.head, "choices": choices, "usage": usage}).encode()
+        return to_json({**completing.head, "choices": choices, "usage": usage})
 
     listed = sum(piece.listed for its in pieces for piece in its)
     return completing.answered(await here_or_in_a_thread(listed <= INLINE_ENTRIES, body), done)

@@ -13,7 +13,6 @@ the next batches.
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +54,8 @@ class Engine:
         self._lanes = lanes
         self._caches = caches or {}
         self._schedules: dict[Variant, Schedule] = {}  # the first is served next
-        self._running: dict[asyncio.Future[Computed], bool] = {}  # batches, and whether they are wide
+        self._running: dict[int, bool] = {}  # batches by number, and whether they are wide
+        self._batches = 0
         self._unfinished: set[Sequence] = set()
         self._same: dict[tuple[Variant, tuple[int, ...]], Sequence] = {}  # of those without a reader
         self._open = False
@@ -279,19 +279,24 @@ class Engine:
     def _run_batch(self, batch: Batch, wide: bool) -> None:
         schedule = self._schedules[batch[0][0].job.variant]
         loop = asyncio.get_running_loop()
-        running = loop.run_in_executor(self._threads, _compute, batch, schedule, wide)
-        self._running[running] = wide
-        running.add_done_callback(functools.partial(self._guarded, self._ended, batch, schedule))
+        self._batches += 1
+        number = self._batches
+        self._running[number] = wide
 
-    def _ended(self, batch: Batch, schedule: Schedule, running: asyncio.Future[Computed]) -> None:
-        wide = self._running.pop(running)
+        def in_a_lane() -> None:
+            computed = _compute(batch, schedule, wide)
+            loop.call_soon_threadsafe(self._guarded, self._ended, number, batch, schedule, computed)
+
+        self._threads.submit(in_a_lane)
+
+    def _ended(self, number: int, batch: Batch, schedule: Schedule, computed: Computed | Exception) -> None:
+        wide = self._running.pop(number)
         if self._broken:
             return
-        try:
-            start, answers, end = running.result()
-        except Exception as error:
-            start, answers, end = 0.0, [error] * len(batch), 0.0
+        if isinstance(computed, Exception):
+            start, answers, end = 0.0, list[Answer]([computed] * len(batch)), 0.0
         else:
+            start, answers, end = computed
             self._count(batch, end - start, wide)
         for (sequence, piece), answer in zip(batch, answers, strict=True):
             sequence.running = False
@@ -299,7 +304,7 @@ class Engine:
             if not isinstance(answer, Exception):
                 schedule.computed(sequence, piece)
             self._after(sequence, schedule, answer, end)
-        self._wake()
+        self._pump()  # now: those who wait for the answers write them while the lane computes
 
     def _count(self, batch: Batch, seconds: float, wide: bool) -> None:
         variant = batch[0][0].job.variant
@@ -350,18 +355,24 @@ async def _all(futures: list[asyncio.Future[Done]]) -> list[Done]:
     return [await futures[0]] if len(futures) == 1 else await asyncio.gather(*futures)
 
 
-def _compute(batch: Batch, schedule: Schedule, wide: bool) -> Computed:
+def _compute(batch: Batch, schedule: Schedule, wide: bool) -> Computed | Exception:
     """In a lane: when it began, what each sequence's rows are or its reader says of them, when it ended."""
-    start = perf_counter()
-    variant = batch[0][0].job.variant
-    pieces = [piece for _, piece in batch]
-    top_k = max(sequence.top_k for sequence, _ in batch)
-    found = variant.compute(pieces, top_k, schedule.cache.pool if schedule.cache else None, wide)
-    for piece, rows in zip(pieces, found, strict=True):
-        if len(rows.logits) != piece.rows:
-            raise ValueError(f"variant {variant.name!r} gives {len(rows.logits)} rows where {piece.rows} are asked")
-    answers = [_answer(sequence, rows) for (sequence, _), rows in zip(batch, found, strict=True)]
-    return start, answers, perf_counter()
+    try:
+        start = perf_counter()
+        variant = batch[0][0].job.variant
+        pieces = [piece for _, piece in batch]
+        top_k = max(sequence.top_k for sequence, _ in batch)
+        found = variant.compute(pieces, top_k, schedule.cache.pool if schedule.cache else None, wide)
+        for piece, rows in zip(pieces, found, strict=True):
+            if len(rows.logits) != piece.rows:
+                raise ValueError(f"variant {variant.name!r} gives {len(rows.logits)} rows where {piece.rows} are asked")
+        return (
+            start,
+            [_answer(sequence, rows) for (sequence, _), rows in zip(batch, found, strict=True)],
+            perf_counter(),
+        )
+    except Exception as error:
+        return error
 
 
 def _answer(sequence: Sequence, rows: Rows) -> Answer:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -14,7 +15,6 @@ from service.choice import Piece
 from service.completions import Completing, prepare, usage_of
 from service.completions_schema import CompletionRequest, StreamOptions
 from service.errors import ApiError, defect, fields
-from service.json_text import dumps
 from service.library import Library
 from service.next_token import INLINE_ENTRIES, Answered, here_or_in_a_thread
 from service.sequence import Runs
@@ -115,7 +115,7 @@ class Events:
 
 
 def _event(content: dict[str, Any]) -> bytes:
-    return f"data: {dumps(content)}\n\n".encode()
+    return b"data: %b\n\n" % to_json(content)
 
 
 class EventStream(StreamingResponse):

@@ -16,10 +16,10 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import numpy as np
+from pydantic_core import to_json
 
 from service.engine import Done, Job
 from service.errors import ApiError, Invalid, shown
-from service.json_text import dumps
 from service.library import Library
 from service.schema import NextTokenRequest
 from service.sequence import Runs
@@ -178,9 +178,9 @@ def _body(items: Sequence[_Item], done: Sequence[Done], arrived: float) -> bytes
     """The answer as JSON, its results one at a time: all of them as entries would be much larger."""
     tokens = sum(len(item.job.ids) for item in items)
     head = {"object": "next_token", "id": f"nt-{secrets.token_hex(12)}", "created": int(time.time())}
-    results = ",".join(dumps(_result(item, each, arrived)) for item, each in zip(items, done, strict=True))
+    results = b",".join(to_json(_result(item, each, arrived)) for item, each in zip(items, done, strict=True))
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return f'{dumps(head)[:-1]},"results":[{results}],"usage":{dumps(usage)}}}'.encode()
+    return b'%b,"results":[%b],"usage":%b}' % (to_json(head)[:-1], results, to_json(usage))
 
 
 def _result(item: _Item, done: Done, arrived: float) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from service.detokenizer import Detokenizer
 from service.engine import Done, Rows
 from service.errors import ApiError
 from service.events import EventStream, stream
-from service.json_text import dumps
 from service.library import Library
 from service.logprobs import Listing
 from service.schema import ErrorAnswer
@@ -955,15 +954,6 @@ def test_no_json_is_answered_with_500(client: TestClient, body: object) -> None:
     else:
         assert response.status_code in (400, 404, 422)
         ErrorAnswer.model_validate(response.json(), strict=True)
-
-
-@small
-@given(st.recursive(st.none() | st.integers() | st.text(), lambda i: st.lists(i) | st.dictionaries(st.text(), i)))
-@example({str(at): at for at in range(2_500)})
-@example([{"a": [1.5, None] * 800, "b": "c"}, list(range(3_000))])
-@example({"tops": [{str(at): 0.5 for at in range(300)}] * 10})
-def test_json_in_pieces_is_the_same_json(value: object) -> None:
-    assert json.loads(dumps(value)) == value
 
 
 def test_the_document_describes_it(client: TestClient) -> None:

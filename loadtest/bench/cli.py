@@ -28,7 +28,7 @@ from loadtest.bench.servers import Server, fleet
 from loadtest.bench.visits import Pace, Visits
 
 errors = Console(stderr=True, highlight=False)
-FULL, QUICK = Pace(0.7, 3.0), Pace(0.3, 1.0)
+FULL, QUICK = Pace(0.4, 1.2), Pace(0.3, 1.0)
 ROUNDS = 5
 DOCS = setup.ROOT / "docs"
 MEASURING = tuple(f"loadtest/bench/{name}.py" for name in ("client", "contenders", "servers", "visits", "workloads"))
@@ -48,7 +48,7 @@ def serve(rounds: int | None, only: str | None, quick: bool, again: bool, ops: P
     """Our server against the engines that others would pick: same weights, same machine, over HTTP.
 
     The first run installs each engine into an environment of its own (minutes). A run that was stopped goes on with
-    the same command. With all contenders and 5 rounds or more, which take an hour and a quarter, docs/benchmarks.md
+    the same command. With all contenders and 5 rounds or more, which take 40 minutes, docs/benchmarks.md
     is written; else the same document lies in the run's folder alone.
 
     \b
