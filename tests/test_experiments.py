@@ -143,7 +143,7 @@ def test_a_key_has_the_arm_that_anybody_can_compute() -> None:
     assert [Assignment(definition(gelu=1, swiglu=1)).arm(b"user-%d" % n) for n in range(6)] == PINNED
 
 
-PINNED = ["swiglu", "gelu", "gelu", "gelu", "gelu", "gelu"]
+PINNED = ["gelu", "swiglu", "swiglu", "swiglu", "swiglu", "gelu"]
 
 
 def test_no_more_keys_move_than_must() -> None:
@@ -296,6 +296,17 @@ def test_the_list_of_models_has_experiments_beside(sqlite_client: TestClient) ->
     assert "act" not in [model["id"] for model in models["data"]]
     assert [(each["id"], each["object"]) for each in models["experiments"]] == [("act", "experiment")]
     assert sqlite_client.get("/v1/models/act").json() == models["experiments"][0]
+
+
+def test_an_experiment_has_a_tokenizer(sqlite_client: TestClient) -> None:
+    put(sqlite_client)
+    for model in ("act", "gelu"):
+        tokens = sqlite_client.post("/v1/tokenize", json={"model": model, "prompt": "if x"}).json()["tokens"]
+        text = sqlite_client.post("/v1/detokenize", json={"model": model, "tokens": tokens}).json()
+        assert text == {"prompt": "if x"}
+        assert sqlite_client.get("/tokenizer_info", params={"model": model}).json()["model_max_length"] == 32
+    [listed] = sqlite_client.get("/v1/models").json()["experiments"]
+    assert (listed["context"], listed["vocab_size"]) == (32, 300)
 
 
 def test_metrics_count_them_without_new_labels(sqlite_client: TestClient) -> None:

@@ -25,7 +25,7 @@ ALPHA = 0.05
 # Fewer keys of an arm are not judged: below it an estimate of the variance is no variance yet. tests/test_experiments_
 # statistics.py watches skewed latencies from here on at each key, and sees fewer false alarms than ALPHA.
 LEAST_KEYS = 50
-# Where the interval is tightest. Its width is within 10 % of the least from a fifth to ten times as many.
+# Where the interval is tightest. From 400 keys to 50,000 it is at most 11 % wider than one made for them.
 TIGHT_AT = 2_000
 SHARE_ALPHA = 0.01  # a wrong split voids everything, so it is said of 1 experiment in 100 that has none
 SHARE_PRIOR = 100.0  # keys' worth of belief in the planned shares
