@@ -100,7 +100,7 @@ class Experiments:
     # --- a request
 
     def expose(self, asked: A, request: Request) -> Exposure[A] | None:
-        """Its exposure, where its model is an experiment; None where it is variants. 10 us."""
+        """Its exposure, where its model is an experiment; None where it is variants. A request costs 20 us by it, 44 where V is 50257."""
         running = self._running
         if not running:
             return None
