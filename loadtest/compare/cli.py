@@ -52,8 +52,9 @@ def compare(context: click.Context, /, **given: Any) -> None:
     """
     check_json(given["json_file"])
     resumed = given["resume"] is not None
+    arguments = {} if resumed else arguments_of(given)  # refused before there is a folder
     folder = folder_to_resume(context) if resumed else _new_folder(given["out"])
-    arguments = store.run_of(folder)["arguments"] if resumed else arguments_of(given)
+    arguments = arguments or store.run_of(folder)["arguments"]
     console = Console(stderr=True)
     with _tidy(folder, keep=resumed), store.locked(folder):
         result = _measured(arguments, folder, resumed, console)
