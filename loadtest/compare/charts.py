@@ -129,6 +129,7 @@ def quality_against_latency(
             text=[f"<b>{point.model}</b>" if point.best else point.model],
             textposition=place,
             textfont={"color": paint},
+            cliponaxis=False,  # on a phone a long name reaches over the axis
             marker={"size": 12, "color": paint, "symbol": "circle" if point.best else "circle-open", "line_width": 2},
             error_x=_bar(x, in_percent(point.low), in_percent(point.high), paint),
             error_y=_bar(point.bits, point.bits_low, point.bits_high, paint),
