@@ -16,8 +16,8 @@ of one variant, 2 users, two cores that others used at the same time), cut into 
   in ten is disturbed, the average of two is disturbed twice as often as the arm and half as much, which a robust
   location does not balance: -0.56 % where nothing differs.
 - Interval: bootstrap standard error times Student's t, which has a quantile for every level that a look may ask for.
-  Of 500 intervals of 99.5 % over 8 rounds it missed 0.6 %, the percentile interval 5.4 % and BCa 5.2 %; of 95 % it
-  missed 5.4, 9.2 and 9.6 %. From 30 rounds on they are alike.
+  With all degrees of freedom, of 500 intervals of 99.5 % over 8 rounds, it missed 0.6 %, the percentile interval 5.4 %
+  and BCa 5.2 %; of 95 % they missed 5.4, 9.2 and 9.6 %. From 30 rounds on they are alike.
 - Neighbouring rounds may be as alike as they want: the arms of a round stand in random order, so that what the machine
   does there is as likely to make the ratio higher as lower.
 
@@ -57,9 +57,18 @@ class Estimate:
     error: float  # standard error
     rounds: int
 
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of Student's t.
+
+        Half of the rounds', since a trimmed mean's standard error is less sure than a mean's: with all of them, 95 %
+        and 99.5 % intervals missed 6.0 and 1.2 % of 4,000 times at 30 rounds; with half, 4.8 and 0.7 % of 3,000.
+        """
+        return (self.rounds - 1) / 2
+
     def factor(self, level: float) -> float:
         """How many standard errors an interval that is wrong with chance `level` reaches to either side."""
-        return float(stats.t.isf(level / 2, self.rounds - 1))
+        return float(stats.t.isf(level / 2, self.freedom))
 
     def interval(self, level: float) -> tuple[float, float]:
         reach = self.factor(level) * self.error if self.error else 0.0  # the factor of level 0 is infinite
@@ -70,7 +79,7 @@ class Estimate:
         """Of an estimate at least so far from no difference where there is none."""
         if self.error == 0:
             return float(self.log_ratio == 0)
-        return float(2 * stats.t.sf(abs(self.log_ratio) / self.error, self.rounds - 1))
+        return float(2 * stats.t.sf(abs(self.log_ratio) / self.error, self.freedom))
 
 
 @dataclass(frozen=True)
