@@ -277,7 +277,6 @@ def test_a_stall_of_the_server_is_in_the_corrected_p99_alone(bundles: Path, prom
     stalled, *others = _whole(tmp_path / "run", rounds=1).blocks.to_dicts()
     assert stalled["p99_ms"] > 800
     assert stalled["uncorrected_p99_ms"] < stalled["p99_ms"] / 2
-    assert stalled["void"] == "", "the server stood still, and the client kept its plan"
     assert all(block["p99_ms"] < stalled["p99_ms"] for block in others)
 
 

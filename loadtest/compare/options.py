@@ -90,8 +90,11 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def arguments_of(given: dict[str, Any]) -> dict[str, Any]:
     """What was asked, as JSON keeps it, with every default that depends on another argument."""
-    asked = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    asked = {name: value for name, value in asked.items() if name not in (*FREE, "out")}
+    asked: dict[str, Any] = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in given.items()
+        if name not in (*FREE, "out")
+    }
     if asked["url"]:
         if asked["bundles"] or asked["ops"]:
             raise BadInput("--bundles and --ops are of a server of its own; leave out either them or --url")
@@ -113,9 +116,7 @@ def arguments_of(given: dict[str, Any]) -> dict[str, Any]:
     if asked["objective_ms"] and not asked["sweep"]:
         raise BadInput("--objective-ms is what --sweep looks for; give it its minutes")
     if asked["users"] is None:
-        asked["users"] = (
-            free_users(float(asked["rate"])) if asked["rate"] else USERS_OF_TRAFFIC if asked["traffic"] else USERS
-        )
+        asked["users"] = free_users(asked["rate"]) if asked["rate"] else USERS_OF_TRAFFIC if asked["traffic"] else USERS
     if asked["workers"] > asked["users"]:
         raise BadInput(f"--workers {asked['workers']} have {asked['users']} users between them; give each one, or more")
     if asked["rate"] and asked["rate"] * asked["block"] < LEAST_PLANNED:
