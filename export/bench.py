@@ -27,7 +27,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from actuary import BadInput
 from export import bundle
-from export.graph import IR_VERSION, build
+from export.graph import build
+from export.graph_parts import IR_VERSION
 from export.ops import library as ops
 from export.ops.library import Library
 from export.ops.onnx_function import onnx_function

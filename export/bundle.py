@@ -110,7 +110,7 @@ Verified = Literal["cpu", "cuda", "emulated"]
 
 
 class Parity(_Record):
-    """ONNX Runtime against torch in float64, over fresh probes; how each bound is derived: export/parity.py."""
+    """ONNX Runtime against torch in float64, over fresh probes; how each bound is derived: export/parity_*.py."""
 
     max_abs: float  # of the logits
     max_rel: float  # of the logits, over the largest |logit| of their row

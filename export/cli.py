@@ -334,7 +334,7 @@ def explain(activation: str, as_json: bool) -> None:
     import onnx
 
     from export.catalogue import describe
-    from export.graph import STANDARD
+    from export.graph_parts import STANDARD
     from export.ops.cpp_functor import cpp_functor
     from export.ops.onnx_function import onnx_function
     from export.ops.trace import trace

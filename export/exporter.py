@@ -27,10 +27,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from actuary import BadInput, GateFailed
-from export import bundle, onnx_file, parity
+from export import bundle, onnx_file, parity, prompt_runs
 from export.audit import check_file
 from export.catalogue import describe, write_catalogue
-from export.graph import Flavor, build
+from export.graph import build
+from export.graph_parts import Flavor
 from export.half import emulated, half
 from export.precision import int8
 from models import activations
@@ -206,10 +207,10 @@ def export_bundle(
     cache = flavor == "ort" and precision in ("fp32", "int8")
     model, quality, float_model = build(decoder, flavor, cache=cache), checkpoint.quality, None
     if precision == "int8":
-        if model.ByteSize() > parity.IN_MEMORY_BYTES:
+        if model.ByteSize() > prompt_runs.IN_MEMORY_BYTES:
             raise BadInput(
                 f"{name!r} holds {model.ByteSize() / 1e9:.1f} GB in float32; int8 is written for models of up to "
-                f"{parity.IN_MEMORY_BYTES / 1e9:.1f} GB, so export it with --precision fp32"
+                f"{prompt_runs.IN_MEMORY_BYTES / 1e9:.1f} GB, so export it with --precision fp32"
             )
         quality = _rounded_quality(checkpoint, decoder, flavor, corpus, int8, precision)
         model, float_model = int8(model), model
@@ -325,7 +326,7 @@ def _manifest(**fields: Any) -> bundle.Manifest:
 
 
 def _save_model(model: onnx.ModelProto, path: Path) -> None:
-    large = model.ByteSize() > parity.IN_MEMORY_BYTES
+    large = model.ByteSize() > prompt_runs.IN_MEMORY_BYTES
     onnx.save_model(model, path, save_as_external_data=large, location=f"{path.name}.data" if large else None)
     onnx.checker.check_model(str(path))  # by path: a model over 2 GiB cannot be checked in memory
 

@@ -183,7 +183,7 @@ def rewritten(
         ir_version=model.ir_version,
         producer_name=model.producer_name,
     )
-    for tensor in tensors:  # one at a time: see export/graph.py
+    for tensor in tensors:  # one at a time: see export/graph_parts.py
         made.graph.initializer.append(tensor)
     return made
 

@@ -56,6 +56,16 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable)
 
 
 @pytest.fixture(scope="session")
+def kinds(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable) -> Path:
+    """A folder of a bundle of each kind (bundle_kinds.py). Not to be changed."""
+    from bundle_kinds import write_kinds
+
+    out = tmp_path_factory.mktemp("kinds")
+    write_kinds(out, tiny_checkpoint)
+    return out
+
+
+@pytest.fixture(scope="session")
 def fused(tmp_path_factory: pytest.TempPathFactory):
     """The library of fused operators, built once for all test processes; skips where there is no C++ compiler."""
     import fcntl
@@ -92,6 +102,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def counted_batches(engine) -> list[int]:
+    """How many sequences each batch of a service's engine had, growing as it runs."""
+    batches, run_batch = [], engine._run_batch
+
+    def counted(batch, wide):
+        batches.append(len(batch))
+        run_batch(batch, wide)
+
+    engine._run_batch = counted
+    return batches
 
 
 @contextlib.contextmanager

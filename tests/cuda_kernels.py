@@ -19,7 +19,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
-from export.graph import ORT
+from export.graph_parts import ORT
 
 PROVIDERS = ("cuda", "tensorrt")  # the list asks both
 LISTED = """

@@ -14,10 +14,14 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from actuary import GateFailed
-from export import attention, bundle, parity
-from export.graph import IR_VERSION, build
+from export import attention, bundle
+from export.graph import build
+from export.graph_parts import IR_VERSION
 from export.ops import library
 from export.ops.check import open_session
+from export.parity_cache import check_cache
+from export.parity_float32 import model_bound
+from export.prompt_runs import feed
 
 UNIT = 2.0**-24
 EPS = 1e-6
@@ -264,7 +268,7 @@ def test_a_graph_with_a_cache_gives_what_torch_gives(fused, tiny_checkpoint, act
     with torch.no_grad():
         every = [checkpoint.model.double()(torch.from_numpy(p)[None]).logits[0].numpy() for p in prompts]
     checkpoint.model.float()
-    bound = parity.model_bound(checkpoint.decoder)
+    bound = model_bound(checkpoint.decoder)
     runs = {
         "fused": open_session(model.SerializeToString(), fused).run,
         "inlined": open_session(model.SerializeToString()).run,
@@ -275,11 +279,11 @@ def test_a_graph_with_a_cache_gives_what_torch_gives(fused, tiny_checkpoint, act
     for name, run in runs.items():
         # The reference does not know that an initializer is an input's default.
         given = {**defaults, **rows} if name == "reference" else rows
-        (logits,) = run([bundle.LOGITS], parity._feed(prompts) | given)
+        (logits,) = run([bundle.LOGITS], feed(prompts) | given)
         want = np.concatenate([*(p[-1:] for p in every), *every])
         scale = np.abs(want).max(axis=-1, keepdims=True)
         assert (np.abs(logits - want) / scale).max() <= bound, name
-    parity.check_cache(checkpoint.decoder, runs["fused"], 0, bound)
+    check_cache(checkpoint.decoder, runs["fused"], 0, bound)
 
 
 def test_the_gate_sees_a_cache_that_reads_another_layer(fused, tiny_checkpoint):
@@ -289,7 +293,7 @@ def test_the_gate_sees_a_cache_that_reads_another_layer(fused, tiny_checkpoint):
         if node.op_type == attention.OF_ROWS:
             (layer,) = (a for a in node.attribute if a.name == "layer")
             layer.i = 0
-    bound = parity.model_bound(decoder)
+    bound = model_bound(decoder)
     with pytest.raises(GateFailed, match=r"of them .* cached, the logits differ from those without"):
-        parity.check_cache(decoder, open_session(model.SerializeToString()).run, 0, bound)
-    parity.check_cache(decoder, open_session(build(decoder, cache=True).SerializeToString(), fused).run, 0, bound)
+        check_cache(decoder, open_session(model.SerializeToString()).run, 0, bound)
+    check_cache(decoder, open_session(build(decoder, cache=True).SerializeToString(), fused).run, 0, bound)

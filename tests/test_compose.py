@@ -35,6 +35,7 @@ from ruamel.yaml import YAML
 from export import onnx_file
 from export.audit import foreseen_on_cuda
 from export.bundle import MODEL, read_manifest
+from export.ops.library import Library
 from loadtest.samples import read_samples
 
 ROOT = Path(__file__).parents[1]
@@ -113,25 +114,53 @@ def test_every_name_leads_somewhere() -> None:
         assert (ROOT / build["context"] / build["dockerfile"]).is_file()
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), "published to this machine only, unless someone decides otherwise"
-    waits = {"service": "export", "service-gpu": "export-gpu", "export": "train", "export-gpu": "train"}
+    waits = {
+        "service": ["export", "ops"], "service-gpu": ["export-gpu"], "export": ["train"], "export-gpu": ["train"],
+    }  # fmt: skip
     for name, waits_for in waits.items():
-        assert services[name]["depends_on"] == {waits_for: {"condition": "service_completed_successfully"}}
+        assert services[name]["depends_on"] == {
+            one: {"condition": "service_completed_successfully"} for one in waits_for
+        }
     profiles = {name: service["profiles"] for name, service in services.items()}
-    assert [name for name in profiles if profiles[name] == ["cpu"]] == ["export", "service"]
+    assert [name for name in profiles if profiles[name] == ["cpu"]] == ["ops", "export", "service"]
     assert [name for name in profiles if profiles[name] == ["gpu"]] == ["export-gpu", "service-gpu"]
     assert services["export-gpu"]["command"] == [*services["export"]["command"], "--flavor", "portable"]
     gpu, cpu = services["service-gpu"], services["service"]
-    assert gpu["command"][:-1] == cpu["command"][:-1]
+    assert [word for word in cpu["command"] if word not in ("--ops", "/ops/library")][:-1] == gpu["command"][:-1]
     assert (gpu["command"][-2:], cpu["command"][-2:]) == (["--provider", "cuda"], ["--provider", "cpu"])
     assert gpu["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
     assert "service" in gpu["networks"]["default"]["aliases"], "Locust looks for http://service:8000"
+
+
+def test_the_service_reads_the_library_where_the_one_shot_writes_it() -> None:
+    """One folder of one volume for both, above which the one-shot may write: it builds beside it and renames."""
+    services = _compose()["services"]
+    built, served = services["ops"], services["service"]
+    assert built["command"] == ["actuary", "ops", "build", "--out", "/ops/library"]
+    assert _option(served["command"], "--ops") == "/ops/library"
+    assert "ops:/ops" in built["volumes"]
+    assert "ops:/ops:ro" in served["volumes"]
+    for image in ("train", "service"):
+        made, owned = re.search(r"mkdir (.*?) && chown actuary (.*)", _last_stage(image)).groups()
+        assert "/ops" in made.split(), f"Dockerfile.{image}: a volume takes its owner from the image's folder"
+        assert "/ops" in owned.split(), f"Dockerfile.{image}: a volume takes its owner from the image's folder"
+    command = json.loads(re.search(r"^CMD (\[.*\])$", _last_stage("service"), re.MULTILINE)[1])
+    assert _option(command, "--ops") == "/ops/library"
+
+
+def test_the_library_is_compiled_by_one_image_and_loads_in_the_other() -> None:
+    """It asks for the C and C++ libraries of the release that it was compiled on, or newer ones."""
+    assert re.search(r"apt-get install .*\bg\+\+", _last_stage("train"))
+    assert not re.search(r"g\+\+|gcc|clang|build-essential", re.sub("#.*", "", _dockerfile("service")))
+    images = {re.findall(r"^FROM (\S+)", _dockerfile(name), re.MULTILINE)[-1] for name in ("train", "service")}
+    assert images == {"python:3.11-slim-bookworm"}, "one release for both; `slim` alone moves on with Debian"
 
 
 def test_dockerfiles_agree_with_compose_and_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = [p.split(";")[0].strip() for extra in project["optional-dependencies"].values() for p in extra]
     for name in ("service", "train", "load"):
-        text = (ROOT / "deploy" / f"Dockerfile.{name}").read_text()
+        text = _dockerfile(name)
         for pin in re.findall(r"\b(?:torch|onnxruntime)==\S+\b", text):
             assert pin in pins, f"Dockerfile.{name} pins {pin}, pyproject.toml does not"
         assert re.search(r"^USER (?!root)\w+$", text, re.MULTILINE), f"Dockerfile.{name} runs as root"
@@ -139,7 +168,7 @@ def test_dockerfiles_agree_with_compose_and_pyproject() -> None:
             assert (ROOT / source).exists(), f"Dockerfile.{name} copies {source}, which is not there"
             allowed = (ROOT / ".dockerignore").read_text().splitlines()
             assert {f"!{source.parts[0]}", f"!{source.parts[0]}/"} & set(allowed), f"{source} never reaches the build"
-    health = re.search(r"HEALTHCHECK .*?CMD (\[.*?\])$", (ROOT / "deploy/Dockerfile.service").read_text(), re.S | re.M)
+    health = re.search(r"HEALTHCHECK .*?CMD (\[.*?\])$", _dockerfile("service"), re.S | re.M)
     assert health
     assert ["CMD", *json.loads(health[1])] == _compose()["services"]["service"]["healthcheck"]["test"]
 
@@ -154,13 +183,13 @@ def test_the_service_image_holds_no_training_code() -> None:
         Path("export/ops/__init__.py"),
         Path("export/ops/library.py"),
     }
-    assert "torch" not in re.sub(r"#.*", "", (ROOT / "deploy/Dockerfile.service").read_text())
+    assert "torch" not in re.sub(r"#.*", "", _dockerfile("service"))
 
 
 @pytest.mark.parametrize("image", ["load", "service", "train"])
 def test_an_edit_of_a_source_does_not_install_the_dependencies_again(image: str) -> None:
     """A layer is built again when what was copied above it changed; above the dependencies that is one file."""
-    text = re.sub(r"#.*", "", (ROOT / "deploy" / f"Dockerfile.{image}").read_text()).split("\nFROM")[1]
+    text = re.sub(r"#.*", "", _dockerfile(image)).split("\nFROM")[1]
     before, install, after = re.split(r"(pip install [^\n]*\.\[[^\n]*)", text)
     assert install
     assert re.findall(r"^COPY (.*) \S+$", before, re.MULTILINE) == ["pyproject.toml"]
@@ -179,10 +208,23 @@ def test_no_shell_stands_between_a_signal_and_a_program() -> None:
         assert not {"&&", ";", "|"} & set(words), name
 
 
+def _dockerfile(image: str) -> str:
+    return (ROOT / "deploy" / f"Dockerfile.{image}").read_text()
+
+
+def _last_stage(image: str) -> str:
+    """What the image consists of, after the stage that builds for it."""
+    return re.split(r"^FROM ", _dockerfile(image), flags=re.MULTILINE)[-1]
+
+
+def _option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
 def _copied(image: str) -> list[Path]:
     """The sources of the COPY lines that take from the build's context."""
     sources = []
-    for line in (ROOT / "deploy" / f"Dockerfile.{image}").read_text().splitlines():
+    for line in _dockerfile(image).splitlines():
         words = line.split()
         if words[:1] == ["COPY"] and not words[1].startswith("--"):
             sources += [Path(word) for word in words[1:-1]]
@@ -199,7 +241,7 @@ class Host:
         self.folder = folder
         self.services = _compose(variables)["services"]
         self.ports = {port: str(free_port()) for port in ("8000", "8089", "5557")}
-        for volume in ("data", "bundles"):
+        for volume in ("data", "bundles", "ops"):
             (folder / volume).mkdir()
         # The images' own `actuary`, `locust` and `python` are those of this environment.
         programs = folder / "bin"
@@ -226,7 +268,7 @@ class Host:
 
     def here(self, service: str, word: str) -> str:
         """A word of a command, with what belongs to containers replaced by what there is on this machine."""
-        for inside in ("/data", "/bundles"):
+        for inside in ("/data", "/bundles", "/ops"):
             word = re.sub(rf"(?<![\w/]){inside}\b", str(self.folder) + inside, word)
         word = re.sub(r"(?<![\w/])/app\b", str(self.app(service)), word)
         word = re.sub(r"\b0\.0\.0\.0\b|^locust-master$|(?<=http://)service(?=:)", "127.0.0.1", word)
@@ -278,7 +320,15 @@ def bundles_volume(host: Host) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running_service(host: Host, bundles_volume: Path) -> Iterator[str]:
+def ops_volume(host: Host, fused: Library) -> Path:
+    """The compiler's one-shot, which finds that what stands there was made of the very sources that its image has."""
+    shutil.copytree(fused.path.parent, host.folder / "ops" / "library")
+    assert host.start("ops").wait(timeout=600) == 0, host.log("ops")
+    return host.folder / "ops"
+
+
+@pytest.fixture(scope="module")
+def running_service(host: Host, bundles_volume: Path, ops_volume: Path) -> Iterator[str]:
     process = host.start("service")
     try:
         deadline = time.monotonic() + 40
@@ -334,6 +384,17 @@ def test_the_service_answers(running_service: str) -> None:
         results = json.load(response)["results"]
     assert {result["model"] for result in results} == {"gelu", "swiglu"}
     assert {result["provider"] for result in results} == {"CPUExecutionProvider"}
+
+
+def test_the_images_hold_all_that_the_library_is_compiled_from(host: Host, ops_volume: Path) -> None:
+    assert "nothing has changed since it was built" in " ".join(host.log("ops").split())
+
+
+def test_the_service_runs_the_library(running_service: str) -> None:
+    variants = _get(f"{running_service}/v1/models")["data"]
+    assert {variant["id"] for variant in variants} == {"gelu", "swiglu"}
+    for variant in variants:
+        assert (variant["audit"]["activation"], variant["audit"]["attention"]) == ("fused", "fused"), variant["audit"]
 
 
 def test_locust_master_and_workers_load_it(host: Host, running_service: str) -> None:

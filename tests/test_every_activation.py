@@ -13,7 +13,7 @@ from conftest import TINY, serving
 from export import bundle
 from export.attention import OF_ROWS, PACKED
 from export.exporter import export_bundle, read_checkpoint
-from export.graph import STANDARD
+from export.graph_parts import STANDARD
 from models.activations import registry
 from models.gpt import log_probabilities
 from models.train import Recipe, Variant, train_variant

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from actuary import BadInput, GateFailed
-from export import bundle, cli, exporter, parity
+from export import bundle, cli, exporter, parity_float32, prompt_runs
 from export.exporter import export_bundle, find_checkpoints, read_checkpoint
-from export.graph import Flavor, build
-from export.parity import check_model, model_bound
+from export.graph import build
+from export.graph_parts import Flavor
+from export.parity_float32 import check_model, model_bound
 from models import activations
 from models.decoder import Decoder, from_actuary
 from models.decoder import decoder_of as any_decoder_of
@@ -176,7 +177,7 @@ def test_the_gate_sees_a_sigmoid_that_is_wrong_in_its_tail(tiny_checkpoint):
 
 
 def test_weights_past_a_size_lie_beside_the_model(tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(prompt_runs, "IN_MEMORY_BYTES", 1000)
     folder, manifest = export_bundle(tiny_checkpoint("swiglu"), tmp_path)
     assert set(manifest.files) == {"model.onnx", "model.onnx.data", "tokenizer.json"}
     assert (folder / "model.onnx").stat().st_size < (folder / "model.onnx.data").stat().st_size
@@ -220,16 +221,16 @@ def test_what_torch_itself_cannot_decide_is_left_out_and_counted(tiny_checkpoint
     checkpoint = tiny_checkpoint("threshold")
     decoder = decoder_of(checkpoint)
     session = open_built(decoder)
-    torch_logits, flips = parity._torch_logits, 3
+    torch_logits, flips = parity_float32._torch_logits, 3
 
     def flipping(model, prompt):
         nonlocal flips
         flips -= model.dtype == torch.float32
         return torch_logits(model, prompt) + (0.01 if model.dtype == torch.float32 and flips >= 0 else 0)
 
-    monkeypatch.setattr(parity, "_torch_logits", flipping)
+    monkeypatch.setattr(parity_float32, "_torch_logits", flipping)
     assert check_model(decoder, checkpoint.model, session.run, seed=1)[2] == 3
-    flips = parity.PROBES
+    flips = parity_float32.PROBES
     with pytest.raises(GateFailed, match="is not determined in float32"):
         check_model(decoder, checkpoint.model, session.run, seed=1)
 
@@ -418,7 +419,7 @@ def test_the_gate_sees_a_table_that_is_wrong_past_the_long_prompts(
     tmp_path, tiny_checkpoint, monkeypatch, make, precision
 ):
     """Positions that no probe reaches, of a model too large for a prompt of its whole context."""
-    monkeypatch.setattr(parity, "WHOLE_PARAMETERS", 0)
+    monkeypatch.setattr(parity_float32, "WHOLE_PARAMETERS", 0)
     checkpoint = make(tiny_checkpoint)
     _, manifest = export_bundle(checkpoint, tmp_path, precision=precision)
     assert manifest.parity.longest_prompt == 1024
@@ -429,7 +430,7 @@ def test_the_gate_sees_a_table_that_is_wrong_past_the_long_prompts(
 
 def test_a_small_model_is_asked_with_its_whole_context(tiny_checkpoint, tmp_path):
     _, manifest = export_bundle(tiny_checkpoint("gelu", context=1100), tmp_path)
-    assert (manifest.parity.longest_prompt, manifest.parity.probes) == (1100, parity.PROBES + 1)
+    assert (manifest.parity.longest_prompt, manifest.parity.probes) == (1100, parity_float32.PROBES + 1)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--random", "--activation", "gelu", "--precision", "int8"]])

@@ -16,10 +16,10 @@ from onnx import TensorProto, numpy_helper
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from actuary import BadInput, GateFailed
-from export import bundle, exporter, half, parity
+from export import bundle, exporter, half, parity, prompt_runs
 from export.exporter import Checkpoint, export_bundle
 from export.graph import build
-from export.parity import SAFETY_OF_NOISE, check_half
+from export.parity_rounded import SAFETY_OF_NOISE, Rounded, check_half
 from models.activations import registry
 from service.runtime import Runtime
 from service.variant import open_variant
@@ -50,7 +50,7 @@ def opened(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-def gate(checkpoint: Checkpoint, model: onnx.ModelProto, name: half.HalfName, seed: int = 3) -> parity.Rounded:
+def gate(checkpoint: Checkpoint, model: onnx.ModelProto, name: half.HalfName, seed: int = 3) -> Rounded:
     """The gate's verdict on the half form of the float32 graph `model`, as if it were the checkpoint's."""
     runs = {"emulated": opened(half.emulated(half.half(model, name))).run}
     return check_half(checkpoint.decoder, checkpoint.model, runs, build(checkpoint.decoder), seed, name)
@@ -195,7 +195,7 @@ def test_the_service_answers_on_the_cpu_what_torch_computes(tiny_checkpoint, tmp
 
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
 def test_weights_past_a_size_lie_beside_the_model(tiny_checkpoint, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(parity, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(prompt_runs, "IN_MEMORY_BYTES", 1000)
     folder, manifest = export_bundle(tiny_checkpoint("swiglu"), tmp_path, precision=name)
     assert set(manifest.files) == {"model.onnx", "model.onnx.data", "tokenizer.json"}
     assert bundle.read_bundle(folder) == manifest

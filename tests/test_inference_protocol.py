@@ -16,12 +16,13 @@ from typing import Any
 import httpx2 as httpx
 import numpy as np
 import pytest
+from conftest import counted_batches
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service import inference_protocol
+from service import inference_wire
 from service.app import create_app
 from service.settings import Settings
 
@@ -230,8 +231,8 @@ def test_a_compressed_body_is_read(client: TestClient, bound: float, encoding: s
 def test_a_large_answer_is_whole(client: TestClient, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces, as it is sent past a size, and as JSON that is dumped in pieces."""
     whole = infer(client)
-    monkeypatch.setattr(inference_protocol, "AT_ONCE_BYTES", 100)
-    monkeypatch.setattr(inference_protocol, "NUMBERS_PER_DUMP", 7)
+    monkeypatch.setattr(inference_wire, "AT_ONCE_BYTES", 100)
+    monkeypatch.setattr(inference_wire, "NUMBERS_PER_DUMP", 7)
     outputs = [{"name": "logits"}, {"name": "softmax", "parameters": {"binary_data": True}}]
     response = client.post(INFER, json={"inputs": padded(PROMPTS), "outputs": outputs})
     assert int(response.headers["content-length"]) == len(response.content)
@@ -241,13 +242,13 @@ def test_a_large_answer_is_whole(client: TestClient, bound: float, monkeypatch: 
 
 def test_what_is_large_is_not_read_on_the_event_loop(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
-    parse = inference_protocol._parse
+    parse = inference_wire.parse
     record = lambda *given: (threads.append(threading.get_ident()), parse(*given))[1]  # noqa: E731
-    monkeypatch.setattr(inference_protocol, "_parse", record)
+    monkeypatch.setattr(inference_wire, "parse", record)
     text = json.dumps({"inputs": padded(PROMPTS)})
     client.post(INFER, content=text)
     client.post(INFER, content=text)
-    monkeypatch.setattr(inference_protocol, "INLINE_BYTES", len(text) - 1)
+    monkeypatch.setattr(inference_wire, "INLINE_BYTES", len(text) - 1)
     assert client.post(INFER, content=text).status_code == 200
     client.post(INFER, content=zlib.compress(text.encode()), headers={"content-encoding": "deflate"})
     assert threads[0] == threads[1]
@@ -256,7 +257,7 @@ def test_what_is_large_is_not_read_on_the_event_loop(client: TestClient, monkeyp
 
 def test_long_json_of_lists_is_refused_before_it_is_parsed(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """json.loads holds the GIL over them: 0.3 s for a megabyte."""
-    monkeypatch.setattr(inference_protocol, "INLINE_BYTES", 100)
+    monkeypatch.setattr(inference_wire, "INLINE_BYTES", 100)
     rows = {"inputs": [{**tensor("input_ids", [[1]] * 64), "data": [[1]] * 64}]}
     assert client.post(INFER, json=rows).status_code == 200
     for empty in ([], {}):
@@ -268,14 +269,7 @@ def test_long_json_of_lists_is_refused_before_it_is_parsed(client: TestClient, m
 def test_it_shares_batches_with_next_token(bundles: Path) -> None:
     async def together() -> None:
         app = create_app(Settings(bundles=bundles, provider="cpu", threads=1))
-        engine, batches = app.state.service.engine, []
-        run_batch = engine._run_batch
-
-        def counted(batch, wide):
-            batches.append(len(batch))
-            run_batch(batch, wide)
-
-        engine._run_batch = counted
+        batches = counted_batches(app.state.service.engine)
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x")
         async with app.router.lifespan_context(app), http:
             v1 = [http.post("/v1/next-token", json={"model": "gelu", "prompt": [n, 6, 7]}) for n in range(8)]

@@ -13,9 +13,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_precision import other_family
 
-from export import bundle, parity
+from export import bundle
 from export.bundle import DOMAIN, OPSET
-from export.graph import IR_VERSION, build
+from export.graph import build
+from export.graph_parts import IR_VERSION
 from export.ops import library
 from export.ops.int8_function import (
     DEPTH,
@@ -30,7 +31,10 @@ from export.ops.int8_function import (
     int8_function,
     panels,
 )
+from export.parity_float32 import model_bound
+from export.parity_rounded import check_int8
 from export.precision import int8, quantised
+from export.prompt_runs import feed
 
 ISAS = ["x86-64-v4", "x86-64-v3", "x86-64"] if platform.machine() == "x86_64" else [platform.machine()]
 # (shape of x but for K, K, N): odd sizes, a panel and one column more, one row, a vocabulary, rows for two threads.
@@ -369,9 +373,9 @@ def test_a_batch_equals_its_singles(tiny_checkpoint, fused, fuse):
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(4)
     prompts = [rng.integers(0, decoder.vocab_size, size=n) for n in (3, 32, 1, 17)]
-    together = session.run([bundle.LOGITS], parity._feed(prompts))[0]
-    alone = np.concatenate([session.run([bundle.LOGITS], parity._feed([prompt]))[0] for prompt in prompts])
-    np.testing.assert_allclose(together, alone, rtol=0, atol=2 * parity.model_bound(decoder) * np.abs(alone).max())
+    together = session.run([bundle.LOGITS], feed(prompts))[0]
+    alone = np.concatenate([session.run([bundle.LOGITS], feed([prompt]))[0] for prompt in prompts])
+    np.testing.assert_allclose(together, alone, rtol=0, atol=2 * model_bound(decoder) * np.abs(alone).max())
 
 
 def kinds(model: onnx.ModelProto) -> Counter[str]:
@@ -431,4 +435,4 @@ def test_the_kernels_pass_the_gate_that_the_functions_pass(tiny_checkpoint, fuse
     library.register(options, fused)
     model = int8(plain).SerializeToString()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    assert parity.check_int8(checkpoint.decoder, checkpoint.model, session.run, plain, seed=3).noise <= 1.25
+    assert check_int8(checkpoint.decoder, checkpoint.model, session.run, plain, seed=3).noise <= 1.25

@@ -11,11 +11,13 @@ import pytest
 from conftest import TINY
 
 from actuary import BadInput, GateFailed
-from export import attention, bundle, exporter, parity, precision
+from export import attention, bundle, exporter, parity_rounded, precision, prompt_runs
 from export.exporter import export_bundle
-from export.graph import ORT, Flavor, Positions, build
+from export.graph import Positions, build
+from export.graph_parts import ORT, Flavor
 from export.ops.int8_function import FORMS
-from export.parity import SAFETY_OF_NOISE, check_int8, model_bound
+from export.parity_float32 import model_bound
+from export.parity_rounded import SAFETY_OF_NOISE, check_int8
 from models.activations import registry
 from models.decoder import Decoder
 
@@ -195,7 +197,7 @@ def test_the_int8_gate_sees_a_fault_on_a_few_prompts(tiny_checkpoint, activation
     right, rng = opened(precision.int8(plain)).run, np.random.default_rng(0)
     noise = np.std(
         [
-            opened(precision.dithered(plain, rng)).run([bundle.LOGITS], parity._feed([np.arange(32)]))[0]
+            opened(precision.dithered(plain, rng)).run([bundle.LOGITS], prompt_runs.feed([np.arange(32)]))[0]
             for _ in range(4)
         ],
         axis=0,
@@ -221,11 +223,11 @@ def test_the_int8_gate_sees_a_fault_on_a_few_prompts(tiny_checkpoint, activation
 
 
 def test_a_jump_is_told_from_a_slope():
-    assert {name for name, record in registry().items() if parity.jumps(record)} == {"threshold"}
+    assert {name for name, record in registry().items() if parity_rounded.jumps(record)} == {"threshold"}
 
 
 def test_noise_that_came_out_small_is_drawn_again(tiny_checkpoint, monkeypatch):
-    checkpoint, seeds, once = tiny_checkpoint("gelu"), [], parity._check_rounded
+    checkpoint, seeds, once = tiny_checkpoint("gelu"), [], parity_rounded._check_rounded
 
     def unlucky(*arguments):
         seeds.append(arguments[-1])
@@ -233,7 +235,7 @@ def test_noise_that_came_out_small_is_drawn_again(tiny_checkpoint, monkeypatch):
             raise GateFailed("misses parity")
         return once(*arguments)
 
-    monkeypatch.setattr(parity, "_check_rounded", unlucky)
+    monkeypatch.setattr(parity_rounded, "_check_rounded", unlucky)
     int8_gate(checkpoint, build(checkpoint.decoder))
     assert seeds == [3, 4]
 
@@ -269,7 +271,7 @@ def test_int8_is_not_measured_on_another_corpus(measured, corpus, tmp_path):
 
 
 def test_int8_of_a_model_that_is_too_large_is_refused(tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(prompt_runs, "IN_MEMORY_BYTES", 1000)
     with pytest.raises(BadInput, match="int8 is written for models of up to"):
         export_bundle(tiny_checkpoint("gelu"), tmp_path / "out", precision="int8")
     assert not list(tmp_path.rglob("model.onnx"))

@@ -36,7 +36,7 @@ from export import bundle, exporter
 from export.cli import export
 from export.exporter import export_bundle, read_foreign
 from export.graph import build
-from export.parity import model_bound
+from export.parity_float32 import model_bound
 from models import activations
 from models.corpus import Corpus, padded_tokenizer
 from models.decoder import GATED, POINTWISE, decoder_of

@@ -17,6 +17,7 @@ from typing import Any
 import httpx2 as httpx
 import numpy as np
 import pytest
+from conftest import counted_batches
 from fastapi.testclient import TestClient
 from tokenizers import Tokenizer
 
@@ -213,15 +214,7 @@ def test_concurrent_requests_equal_singles(bundles: Path) -> None:
 
     async def together() -> tuple[list[dict], list[dict]]:
         app = create_app(Settings(bundles=bundles, provider="cpu", threads=1))
-        engine = app.state.service.engine
-        batches = []
-        run_batch = engine._run_batch
-
-        def counted(batch, wide):
-            batches.append(len(batch))
-            run_batch(batch, wide)
-
-        engine._run_batch = counted
+        batches = counted_batches(app.state.service.engine)
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x")
         async with app.router.lifespan_context(app), http:
             nonlocal bound

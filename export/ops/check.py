@@ -22,7 +22,7 @@ from torch import Tensor
 
 from actuary import GateFailed
 from export.bundle import DOMAIN, OPSET
-from export.graph import IR_VERSION
+from export.graph_parts import IR_VERSION
 from export.ops import error_bound, library
 from export.ops.error_bound import SIXTEEN_BITS, Arithmetic, rounded_to, value_and_bound
 from export.ops.library import Library

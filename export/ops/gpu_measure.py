@@ -28,7 +28,7 @@ from torch import Tensor
 from actuary import GateFailed
 from export import bundle, onnx_file
 from export.audit import foreseen_on_cuda
-from export.graph import IR_VERSION
+from export.graph_parts import IR_VERSION
 from export.ops import error_bound
 from export.ops.check import (
     SHAPES,
