@@ -90,7 +90,7 @@ def create_app(settings: Settings) -> FastAPI:
         runtime.no_cuda,
         assets.Compressed.of(_activations(library), "application/json"),
         Tokens(library, settings),
-        Metrics((*engine.metrics.all, *experiments.counters.all), engine.tell),
+        Metrics(engine.metrics, engine.tell, experiments.counters.all),
         experiments,
     )
 

@@ -24,7 +24,7 @@ from service.engine import Engine
 from service.errors import ApiError, Invalid, shown
 from service.experiments.counters import Counters
 from service.experiments.definition import Assignment, Definition, Running, parse, read_file
-from service.experiments.exposure import A, Exposure
+from service.experiments.exposure import A, Exposure, Logits
 from service.experiments.outcomes import Kept, KeptRows, log_loss
 from service.experiments.records import Exposed, Outcome
 from service.experiments.shadow import Copy, Shadows
@@ -134,12 +134,12 @@ class Experiments:
 
     def _exposed(self, exposure: Exposure[A], record: Exposed) -> None:
         self._add(record)
-        rows = exposure.engine.rows
+        rows: list[Logits] = exposure.engine.take_rows()
         if record.status != 200 or not rows:
             return
         definition, variants = exposure.running.definition, self._library.variants
         if self._settings.outcome_mb:
-            kept = Kept(definition.name, exposure.running.id, variants[record.variant], record.key_hash, list(rows))
+            kept = Kept(definition.name, exposure.running.id, variants[record.variant], record.key_hash, [*rows])
             self._rows.keep(record.id, kept)
         for shadow in definition.shadows:
             self._shadows.offer(
