@@ -24,8 +24,9 @@ from loadtest.compare.arms import Arms
 from loadtest.compare.design import AGAIN, Design
 from loadtest.compare.driver import Comparison, measure, stopping
 from loadtest.compare.options import arguments_of, folder_to_resume, options, place_of, repeat
+from loadtest.compare.progress import Written
 from loadtest.compare.prompts import Lengths, Source, built_in, cut_corpus, make_workload, read_prompts, read_traffic
-from loadtest.compare.server import OwnServer
+from loadtest.compare.server import OwnServer, die_with_parent
 from loadtest.compare.terminal import Terminal
 from loadtest.compare.workloads import Workload
 from loadtest.shared import check_json, machine, write
@@ -50,6 +51,8 @@ def compare(context: click.Context, **given: Any) -> None:
       actuary compare --variants gelu,swiglu,relu --minutes 3
       actuary compare --url http://127.0.0.1:8000 --rate 50 --json result.json
     """
+    if given["with_parent"]:
+        die_with_parent()
     check_json(given["json_file"])
     resumed = given["resume"] is not None
     folder = folder_to_resume(context) if resumed else _new_folder(given["out"])
@@ -122,7 +125,8 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
             workload.write(folder / store.WORKLOAD)
             store.create(folder, run)
         arms = Arms(url, {model: served[model] for model in design.models})
-        with Terminal(design, console) as progress:
+        with Terminal(design, console) as terminal:
+            progress = Written(folder, design, terminal)
             comparison = Comparison(
                 design,
                 workload,
@@ -136,6 +140,7 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
             )
             with stopping(comparison):
                 ended = measure(comparison, _settled(run))
+            progress.starting("judging")
     finally:
         own = comparison.own if comparison else own
         if own:
