@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ from loadtest.compare.store import SCHEMA
 from loadtest.shared import write
 
 PROGRESS = "progress.json"
+EVERY_S = 1.0  # a round may take less; what is then missing is written at the end
 DIGITS = 3  # of a millisecond; latencies are kept to 0.1 ms
 
 
 class Written:
-    """Writes the file after each round, and hands all that it is told to `then`."""
+    """Writes the file after rounds, and hands all that it is told to `then`."""
 
     def __init__(self, folder: Path, design: Design, then: Progress) -> None:
         self._path, self._then = folder / PROGRESS, then
+        self._written = -math.inf
         self._known: dict[str, Any] = {
             "doing": "starting",
             "rounds": 0,
@@ -49,12 +52,16 @@ class Written:
 
     def finished(self, number: int, blocks: pl.DataFrame) -> None:
         self._then.finished(number, blocks)
-        p50_ms: dict[str, list[float | None]] = {arm: [] for arm in self._known["arms"]}
+        new = blocks.filter(pl.col("round") >= self._known["rounds"]).sort("round")
         # A round has each arm once, so that the lists are of one length, in the rounds' order.
-        for arm, p50 in blocks.sort("round").select("arm", "p50_ms").iter_rows():
-            p50_ms[arm].append(None if p50 is None or not math.isfinite(p50) else round(p50, DIGITS))
-        void = blocks.filter(pl.col("void") != "").select("round", "arm", pl.col("void").alias("why")).to_dicts()
-        self._write(doing="measuring", rounds=number, p50_ms=p50_ms, void=void)
+        for arm, p50 in new.select("arm", "p50_ms").iter_rows():
+            known = p50 is not None and math.isfinite(p50)
+            self._known["p50_ms"][arm].append(round(p50, DIGITS) if known else None)
+        void = new.filter(pl.col("void") != "").select("round", "arm", pl.col("void").alias("why"))
+        self._known["void"] += void.to_dicts()
+        self._known |= {"doing": "measuring", "rounds": number}
+        if time.monotonic() > self._written + EVERY_S:
+            self._write()
 
     def say(self, sentence: str) -> None:
         self._then.say(sentence)
@@ -62,5 +69,6 @@ class Written:
 
     def _write(self, **changed: Any) -> None:
         self._known |= changed
+        self._written = time.monotonic()
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write(self._path, json.dumps({"schema": SCHEMA, "at": at, **self._known}, ensure_ascii=False) + "\n")

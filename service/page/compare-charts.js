@@ -1,0 +1,153 @@
+// The pictures of a comparison: differences with their intervals, quality against latency, p50 by round.
+
+import { axis, colour, config, css, plotly, shell } from "./charts.js";
+import { percent } from "./text.js";
+
+const AGAIN = ":again";
+// Shapes tell the outcomes apart without their colours.
+const OUTCOMES = {
+  slower: ["--slower", "triangle-right"], faster: ["--faster", "triangle-left"],
+  equivalent: ["--equivalent", "square"], inconclusive: ["--inconclusive", "circle-open"],
+};
+const ROW = 34; // pixels of an arm
+const SIDES = ["top right", "bottom right", "top left", "bottom left", "top center", "bottom center"];
+const LETTER = [7.3, 17]; // pixels of a name's letter, wide and high
+const points = (ratio) => (ratio - 1) * 100;
+
+/** The CSS variable of an arm's colour; the baseline's second block has that of its first. */
+export function hue(arm, arms) {
+  const model = arm.endsWith(AGAIN) ? arm.slice(0, -AGAIN.length) : arm;
+  return colour(model, arms.indexOf(model));
+}
+
+/** Each arm's p50 over the baseline's with its interval, largest on top, the A/A arm last; the margin is shaded. */
+export async function forest(element, arms, { baseline, aa, margin }) {
+  const Plotly = await plotly();
+  const check = `${baseline} (A/A)`;
+  const rows = arms.map(({ model, outcome, p50 }) => whiskers(model, p50, ...OUTCOMES[outcome], outcome));
+  if (aa?.ratio != null) rows.push(whiskers(check, aa, "--muted", "diamond", "check"));
+  const alone = arms.filter(({ infer }) => infer?.ratio != null);
+  rows.push({
+    type: "scatter", mode: "markers", x: alone.map(({ infer }) => points(infer.ratio)), y: alone.map(({ model }) => model),
+    marker: { symbol: "line-ns-open", size: 11, color: css("--muted"), line: { width: 2 } },
+    hovertemplate: "%{y}: %{x:+.2f} % in the server’s inference<extra></extra>",
+  });
+  const names = [...arms.map(({ model }) => model), check];
+  element.style.height = `${72 + ROW * names.length}px`;
+  await Plotly.react(element, rows, {
+    ...shell(), margin: { l: 8, r: 16, t: 8, b: 36 },
+    shapes: [{
+      type: "rect", yref: "paper", y0: 0, y1: 1, x0: points(1 / (1 + margin)), x1: points(1 + margin), line: { width: 0 },
+      fillcolor: css("--track"), layer: "below",
+    }],
+    xaxis: { ...axis(), ticksuffix: " %", zeroline: true, zerolinecolor: css("--faint") },
+    yaxis: {
+      ...axis(), type: "category", categoryorder: "array", categoryarray: names.reverse(), automargin: true, showgrid: false,
+      range: [-0.6, names.length - 0.4], tickfont: { color: css("--ink"), size: 13 },
+    },
+  }, config());
+}
+
+function whiskers(row, { ratio, low, high }, variable, symbol, said) {
+  const to = (end) => (end == null ? 0 : Math.abs(points(end) - points(ratio)));
+  const paint = css(variable);
+  return {
+    type: "scatter", mode: "markers", x: [points(ratio)], y: [row],
+    marker: { color: paint, symbol, size: 12, line: { width: 2, color: paint } },
+    error_x: { type: "data", symmetric: false, array: [to(high)], arrayminus: [to(low)], color: paint, thickness: 2.5, width: 5 },
+    hovertemplate: `%{y}: %{x:+.2f} %, ${said}<extra></extra>`,
+  };
+}
+
+/** Bits per byte of held-out text against p50, both better when lower; a staircase joins those whom nobody beats. */
+export async function frontier(element, found, models, baseline, ms) {
+  const Plotly = await plotly();
+  element.style.height = "24rem";
+  const best = found.filter((point) => point.best);
+  const xs = room(found.flatMap(({ ratio, low, high }) => [ratio, low, high].map(points)), 1);
+  const ys = room(found.flatMap(({ bits, bitsLow, bitsHigh }) => [bits, bitsLow, bitsHigh]), 0.01);
+  const places = sides(found, element, xs, ys);
+  const line = {
+    type: "scatter", mode: "lines", x: best.map(({ ratio }) => points(ratio)), y: best.map(({ bits }) => bits), hoverinfo: "skip",
+    line: { shape: "hv", width: 2, dash: "dot", color: css("--faint") },
+  };
+  const bar = (middle, low, high, color) =>
+    ({ type: "data", symmetric: false, array: [high - middle], arrayminus: [middle - low], color, thickness: 1.5, width: 4 });
+  const dots = found.map(({ model, ratio, low, high, bits, bitsLow, bitsHigh, best }, i) => {
+    const paint = css(hue(model, models));
+    return {
+      type: "scatter", mode: "markers+text", x: [points(ratio)], y: [bits], text: [best ? `<b>${model}</b>` : model],
+      textposition: places[i], marker: { size: 12, color: paint, symbol: best ? "circle" : "circle-open", line: { width: 2, color: paint } },
+      error_x: bar(points(ratio), points(low), points(high), paint), error_y: bar(bits, bitsLow, bitsHigh, paint),
+      hovertemplate: `${model}: ${percent(ratio)} p50, %{y:.4f} bits per byte<extra></extra>`,
+    };
+  });
+  const ticks = steps(...xs, element.clientWidth / 75);
+  const title = (text) => ({ text, font: { color: css("--muted"), size: 12 }, standoff: 8 });
+  await Plotly.react(element, [line, ...dots], {
+    ...shell(), margin: { l: 8, r: 12, t: 8, b: 8 },
+    xaxis: {
+      ...axis(), range: xs, zeroline: false, automargin: true, title: title(`p50${ms ? ", ms" : ""}, and over ${baseline}’s`), tickvals: ticks,
+      ticktext: ticks.map((tick) => `${ms ? `${(ms * (1 + tick / 100)).toFixed(2)}<br>` : ""}${tick > 0 ? "+" : ""}${tick} %`),
+    },
+    yaxis: { ...axis(), range: ys, zeroline: false, automargin: true, title: title("bits per byte") },
+  }, config());
+}
+
+/** An axis' range: every bar, and space for the names beside the points. */
+function room(values, least) {
+  const low = Math.min(...values), high = Math.max(...values);
+  const pad = 0.16 * Math.max(high - low, least);
+  return [low - pad, high + pad];
+}
+
+/** Round numbers of percent within the range, at most `most`, 0 among them. */
+function steps(low, high, most) {
+  let step = 0.01;
+  for (let i = 0; (high - low) / step > Math.max(2, most); i++) step *= [2, 2.5, 2][i % 3];
+  const count = Math.floor(high / step) - Math.ceil(low / step) + 1;
+  return Array.from({ length: count }, (_, i) => Number(((Math.ceil(low / step) + i) * step).toFixed(6)) + 0);
+}
+
+/** Where each name stands: the first side on which it covers no point, no bar and no other name. */
+function sides(found, element, xs, ys) {
+  const wide = element.clientWidth - 70, high = element.clientHeight - 70; // without the axes' own texts
+  const across = (ratio) => wide * (points(ratio) - xs[0]) / (xs[1] - xs[0]);
+  const up = (bits) => high * (bits - ys[0]) / (ys[1] - ys[0]);
+  const taken = found.flatMap(({ ratio, low, high: most, bits }) => [
+    [across(ratio) - 8, up(bits) - 8, across(ratio) + 8, up(bits) + 8], [across(low), up(bits) - 3, across(most), up(bits) + 3],
+  ]);
+  const meet = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
+  return found.map(({ model, ratio, bits }) => {
+    const boxes = SIDES.map((side) => {
+      const [vertical, horizontal] = side.split(" ");
+      const width = LETTER[0] * model.length + 6;
+      const left = across(ratio) + { right: 6, center: -width / 2, left: -6 - width }[horizontal];
+      const bottom = up(bits) + { top: 6, bottom: -6 - LETTER[1] }[vertical];
+      return [left, bottom, left + width, bottom + LETTER[1]];
+    });
+    const inside = ([left, bottom, right, top]) => left >= 0 && bottom >= 0 && right <= wide && top <= high;
+    const free = boxes.findIndex((box) => inside(box) && !taken.some((other) => meet(box, other)));
+    taken.push(boxes[Math.max(0, free)]);
+    return SIDES[Math.max(0, free)];
+  });
+}
+
+/** Each arm's p50 by round, the A/A arm dashed; a void block is a gap. */
+export async function rounds(element, { rounds: count, arms, p50_ms: p50, void: gone }) {
+  const Plotly = await plotly();
+  const none = new Set(gone.map(({ round, arm }) => `${round} ${arm}`));
+  const traces = arms.map((arm) => ({
+    type: "scatter", mode: count < 40 ? "lines+markers" : "lines", name: arm.replace(AGAIN, " (A/A)"),
+    x: Array.from({ length: count }, (_, i) => i + 1),
+    y: p50[arm].map((value, round) => (none.has(`${round} ${arm}`) ? null : value)),
+    line: { color: css(hue(arm, arms)), width: 1.8, dash: arm.endsWith(AGAIN) ? "dot" : "solid" },
+    marker: { size: 5 }, hovertemplate: "%{y:.2f} ms",
+  }));
+  element.style.height = "";
+  await Plotly.react(element, traces, {
+    ...shell(), margin: { l: 8, r: 12, t: 12, b: 32 }, hovermode: "x unified",
+    xaxis: { ...axis(), zeroline: false, tickformat: "d", dtick: count < 10 ? 1 : undefined, unifiedhovertitle: { text: "round %{x}" } },
+    yaxis: { ...axis(), zeroline: false, automargin: true },
+  }, config());
+}
