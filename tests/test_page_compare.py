@@ -28,8 +28,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def comparing_url(bundles: Path, kept: dict[str, Any]) -> Iterator[str]:
-    with serving(bundles, "--compare", str(kept["folder"])) as (url, _):
+def comparing_url(comparable: Path, kept: dict[str, Any]) -> Iterator[str]:
+    with serving(comparable, "--compare", str(kept["folder"])) as (url, _):
         yield url
 
 
@@ -71,7 +71,8 @@ def sentences_of(result: dict[str, Any]) -> list[str]:
 
 
 def test_what_was_measured_before_is_listed(page: WebDriver, kept: dict[str, Any]) -> None:
-    expected = {"fit": sentences_of(kept["fit"]), "unfit": ["This machine was not fit: nothing is claimed."]}
+    unfit = "Nothing is claimed: the machine was not fit, or the rounds were too few."
+    expected = {"fit": [" · ".join(sentences_of(kept["fit"]))], "unfit": [unfit]}
     for entry in all_of(page, "#past li")[-2:]:
         name = entry.find_element(By.TAG_NAME, "a").get_attribute("href").rpartition("=")[2]
         said = [line.text for line in all_of(entry, "p.facts")]

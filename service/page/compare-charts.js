@@ -11,7 +11,8 @@ const OUTCOMES = {
 };
 const ROW = 34; // pixels of an arm
 const SIDES = ["top right", "bottom right", "top left", "bottom left", "top center", "bottom center"];
-const LETTER = [7.3, 17]; // pixels of a name's letter, wide and high
+const LETTER = [7.6, 15]; // pixels of a name's letter, wide and high
+const OFF = 7; // pixels from a point's middle to its name
 const points = (ratio) => (ratio - 1) * 100;
 
 /** The CSS variable of an arm's colour; the baseline's second block has that of its first. */
@@ -77,7 +78,8 @@ export async function frontier(element, found, models, baseline, ms) {
     const paint = css(hue(model, models));
     return {
       type: "scatter", mode: "markers+text", x: [points(ratio)], y: [bits], text: [best ? `<b>${model}</b>` : model],
-      textposition: places[i], marker: { size: 12, color: paint, symbol: best ? "circle" : "circle-open", line: { width: 2, color: paint } },
+      textposition: places[i], textfont: { color: paint },
+      marker: { size: 12, color: paint, symbol: best ? "circle" : "circle-open", line: { width: 2, color: paint } },
       error_x: bar(points(ratio), points(low), points(high), paint), error_y: bar(bits, bitsLow, bitsHigh, paint),
       hovertemplate: `${model}: ${percent(ratio)} p50, %{y:.4f} bits per byte<extra></extra>`,
     };
@@ -109,27 +111,38 @@ function steps(low, high, most) {
   return Array.from({ length: count }, (_, i) => Number(((Math.ceil(low / step) + i) * step).toFixed(6)) + 0);
 }
 
-/** Where each name stands: the first side on which it covers no point, no bar and no other name. */
+/** Where each name stands: the first of the sides on which it covers the least of points, bars, stairs and other names. */
 function sides(found, element, xs, ys) {
-  const wide = element.clientWidth - 70, high = element.clientHeight - 70; // without the axes' own texts
+  const wide = element.clientWidth - 70, high = element.clientHeight - 85; // without the axes' own texts
   const across = (ratio) => wide * (points(ratio) - xs[0]) / (xs[1] - xs[0]);
   const up = (bits) => high * (bits - ys[0]) / (ys[1] - ys[0]);
-  const taken = found.flatMap(({ ratio, low, high: most, bits }) => [
-    [across(ratio) - 8, up(bits) - 8, across(ratio) + 8, up(bits) + 8], [across(low), up(bits) - 3, across(most), up(bits) + 3],
-  ]);
-  const meet = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
+  const box = (left, bottom, right, top, air) => [left - air, bottom - air, right + air, top + air];
+  const taken = found.flatMap((point) => {
+    const x = across(point.ratio), y = up(point.bits);
+    return [
+      box(x, y, x, y, 5), box(across(point.low), y, across(point.high), y, 2), box(x, up(point.bitsLow), x, up(point.bitsHigh), 2),
+    ];
+  });
+  const best = found.filter((point) => point.best);
+  for (const [i, to] of best.slice(1).entries()) {
+    const x = across(best[i].ratio), y = up(best[i].bits);
+    taken.push(box(x, y, across(to.ratio), y, 1), box(across(to.ratio), up(to.bits), across(to.ratio), y, 1));
+  }
+  const shared = (a, b) =>
+    Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0])) * Math.max(0, Math.min(a[3], b[3]) - Math.max(a[1], b[1]));
+  const outside = (box) => shared(box, box) - shared(box, [0, 0, wide, high]);
   return found.map(({ model, ratio, bits }) => {
+    const width = LETTER[0] * model.length + 4;
     const boxes = SIDES.map((side) => {
       const [vertical, horizontal] = side.split(" ");
-      const width = LETTER[0] * model.length + 6;
-      const left = across(ratio) + { right: 6, center: -width / 2, left: -6 - width }[horizontal];
-      const bottom = up(bits) + { top: 6, bottom: -6 - LETTER[1] }[vertical];
+      const left = across(ratio) + { right: OFF, center: -width / 2, left: -OFF - width }[horizontal];
+      const bottom = up(bits) + { top: OFF, bottom: -OFF - LETTER[1] }[vertical];
       return [left, bottom, left + width, bottom + LETTER[1]];
     });
-    const inside = ([left, bottom, right, top]) => left >= 0 && bottom >= 0 && right <= wide && top <= high;
-    const free = boxes.findIndex((box) => inside(box) && !taken.some((other) => meet(box, other)));
-    taken.push(boxes[Math.max(0, free)]);
-    return SIDES[Math.max(0, free)];
+    const covered = boxes.map((box) => taken.reduce((sum, other) => sum + shared(box, other), 0) + outside(box));
+    const least = covered.indexOf(Math.min(...covered));
+    taken.push(boxes[least]);
+    return SIDES[least];
   });
 }
 

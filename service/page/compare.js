@@ -8,7 +8,7 @@ import { byId, complain, h } from "./dom.js";
 import { when } from "./text.js";
 
 const LOOK_MS = 2000; // each look asks the very service that is measured
-const NUMBERS = { minutes: "Minutes", equivalence: "No matter within" };
+const NUMBERS = { minutes: "Minutes", equivalence: "No difference within" };
 
 let variants = null; // the names in /v1/models
 let shown = null; // id of the comparison that stands below the form
@@ -17,11 +17,14 @@ let next = 0; // timer
 
 export async function show(fields) {
   try {
-    if (!variants) {
+    const first = !variants;
+    if (first) {
       const { data } = await api.models();
       variants ??= listen(data);
-      restore(fields);
-    } else if (fields.has("variants")) restore(fields);
+    }
+    const unknown = first || fields.has("variants") ? restore(fields) : [];
+    complain(byId("compare-error"), unknown.length ? `The address names what is not served here: ${unknown.join(", ")}.` : "");
+    if (shown !== fields.get("run")) byId("comparison").hidden = true;
     shown = fields.get("run");
     await list();
     write();
@@ -52,7 +55,8 @@ function listen(models) {
 const boxes = () => [...byId("compare-variants").querySelectorAll("input")];
 const chosen = () => boxes().filter((box) => box.checked).map((box) => box.value);
 
-/** The form as the address has it; by default all variants, as `actuary compare` takes them. */
+/** The form as the address has it; by default all variants, as `actuary compare` takes them.
+    Returns the variants in the address that are not served. */
 function restore(fields) {
   const { named, unknown } = address.names(fields, "variants", variants);
   for (const box of boxes()) box.checked = !named.length || named.includes(box.value);
@@ -61,7 +65,7 @@ function restore(fields) {
   byId("minutes").value = fields.get("minutes") ?? 5;
   byId("equivalence").value = fields.get("equivalence") ?? 2;
   plan(fields.get("baseline"));
-  complain(byId("compare-error"), unknown.length ? `The address names what is not served here: ${unknown.join(", ")}.` : "");
+  return unknown;
 }
 
 /** The baseline's choices, and what a comparison of what is chosen takes. */
@@ -127,23 +131,24 @@ async function list() {
 }
 
 function entry({ id, started, state, baseline, models, fit, sentences, said }) {
-  const words = fit === false && sentences.length ? ["This machine was not fit: nothing is claimed."] : sentences;
+  const none = "Nothing is claimed: the machine was not fit, or the rounds were too few.";
+  const words = fit === false ? none : sentences.join(" · ") || said[0];
   return h("li", {},
     h("p", {},
       h("a", { href: `#compare?run=${encodeURIComponent(id)}`, "aria-current": id === shown && "true" },
         comparison.headline(baseline, models)),
       " ", h("span", { class: `state ${state}` }, state), " ", h("span", { class: "facts" }, when(started))),
-    (words.length ? words : said.slice(0, 1)).map((sentence) => h("p", { class: "facts" }, sentence)));
+    words && h("p", { class: "facts" }, words));
 }
 
 /** Draw what is known of the comparison shown, and look again while it runs. */
 async function look() {
   clearTimeout(next);
-  byId("comparison").hidden = !shown;
   if (!shown || byId("view-compare").hidden || document.hidden) return;
   const id = shown;
   const found = await api.comparison(id);
   if (id !== shown) return;
+  byId("comparison").hidden = false;
   await comparison.draw(found, stop);
   charts.resized(byId("comparison"));
   if (found.state === "running") {

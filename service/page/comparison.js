@@ -127,10 +127,10 @@ async function verdict({ result, progress, models }) {
     ["forest-plot", "forest-table", "frontier-plot", "frontier-table"].map(byId);
   const arms = [...result.arms].filter(({ p50 }) => p50).sort((a, b) => b.p50.ratio - a.p50.ratio);
   differencesTable.replaceChildren(table(
-    ["variant", "p50", "p99", "inference", "answers/s"],
+    ["variant", "p50", "p99", "inference"],
     [
-      ...arms.map((arm) => [arm.model, ...["p50", "p99", "infer", "throughput"].map((name) => interval(arm[name]))]),
-      [`${result.baseline} (A/A)`, interval(result.aa), "", "", ""],
+      ...arms.map((arm) => [arm.model, ...["p50", "p99", "infer"].map((name) => interval(arm[name]))]),
+      [`${result.baseline} (A/A)`, interval(result.aa), "", ""],
     ]));
   const { points, why } = frontier(result);
   quality.hidden = qualityTable.hidden = Boolean(why);
