@@ -14,6 +14,7 @@ from test_page import By, Keys, WebDriver, all_of, browser, fetched, get, hash_f
 # The A/A arm of `unfit` differs from its baseline by more than noise, and mish has a void block in all of them.
 UNFIT = {"rounds": 20, "again": 1.2}
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+STATE = "return document.querySelector('#comparison .state').textContent"  # in one step: it is drawn anew meanwhile
 VERDICT_S = 60  # Locust's start, a round, judging, drawing; on two busy cores
 
 
@@ -182,10 +183,10 @@ def test_one_is_started_watched_reloaded_and_stopped_by_keyboard(page: WebDriver
     page.get(f"{comparing_url}/#compare")  # a new visit, which does not know its name
     wait_for_rounds(page, before + 1)
     assert hash_fields(page)["run"] == [name]
-    assert page.find_element(By.CSS_SELECTOR, "#comparison .state").text == "running"
+    assert page.execute_script(STATE) == "running"
 
     page.find_element(By.XPATH, "//button[text()='Stop']").send_keys(Keys.SPACE)
-    page_until(page, lambda: page.find_element(By.CSS_SELECTOR, "#comparison .state").text == "stopped")
+    page_until(page, lambda: page.execute_script(STATE) == "stopped")
     result = get(f"{comparing_url}/v1/comparisons/{name}")["result"]
     assert result["ended"] == "interrupted"
     assert [line.text for line in all_of(page, "#comparison .verdict span")] == [

@@ -71,10 +71,13 @@ function restore(fields) {
 /** The baseline's choices, and what a comparison of what is chosen takes. */
 function plan(baseline = byId("baseline").value) {
   const names = chosen();
-  byId("baseline").replaceChildren(...names.map((name) => h("option", { selected: name === baseline }, name)));
-  const minutes = byId("minutes").valueAsNumber;
-  byId("compare-plan").textContent = names.length < 2 ? "Choose two variants or more."
-    : `${names.length} variants and the baseline a second time, in turn, for at most ${minutes} ${minutes === 1 ? "minute" : "minutes"}, ` +
+  const offered = [...byId("baseline").options].map(({ value }) => value);
+  if (String(offered) !== String(names)) byId("baseline").replaceChildren(...names.map((name) => h("option", {}, name)));
+  if (names.includes(baseline)) byId("baseline").value = baseline;
+  const minutes = byId("minutes").value || "?";
+  byId("compare-plan").textContent = running ? "One runs; the next can start when it has ended."
+    : names.length < 2 ? "Choose two variants or more."
+    : `${names.length} variants and the baseline a second time, in turn, for at most ${minutes} ${minutes === "1" ? "minute" : "minutes"}, ` +
       "less when it is settled. Whoever asks this service meanwhile waits longer, and disturbs.";
 }
 
@@ -125,6 +128,7 @@ async function list() {
   const live = data.find(({ state }) => state === "running");
   running = Boolean(live);
   byId("compare-start").disabled = running;
+  plan();
   shown ??= live?.id ?? null;
   byId("past-title").hidden = !data.length;
   byId("past").replaceChildren(...data.map(entry));
