@@ -111,17 +111,23 @@ def ecdf(latencies_ms: Mapping[str, np.ndarray]) -> go.Figure:
     return drawn
 
 
-def stacked(x_title: str, names: Sequence[str], parts_ms: Mapping[str, Sequence[float]]) -> go.Figure:
-    """One bar per name, made of the parts of PARTS that `parts_ms` has, each with a value per name."""
+def stacked(
+    x_title: str,
+    names: Sequence[str],
+    parts: Mapping[str, Sequence[float]],
+    colours: Mapping[str, str] = PARTS,
+    hover: str = "%{x:.2f} ms",
+) -> go.Figure:
+    """One bar per name, made of `parts`, each with a value per name."""
     drawn = figure(x_title, "", barmode="stack")
-    for part, values in parts_ms.items():
+    for part, values in parts.items():
         drawn.add_bar(
             y=list(names)[::-1],  # plotly counts from the bottom
             x=list(values)[::-1],
             name=part,
             orientation="h",
-            marker={"color": PARTS[part]},
-            hovertemplate="%{x:.2f} ms",
+            marker={"color": colours[part]},
+            hovertemplate=hover,
         )
     drawn.update_layout(height=130 + 34 * max(len(names), 1), bargap=0.35, legend_traceorder="normal")
     drawn.update_yaxes(type="category")

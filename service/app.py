@@ -281,6 +281,7 @@ aliases = APIRouter(include_in_schema=False)  # where vLLM has what is also unde
 @v1.get("/tokenizer_info", response_model=TokenizerInfo, responses=_pick(404, 422))
 async def get_tokenizer_info(request: Request, model: str = "*") -> Response:
     """The special tokens and sizes of a variant's tokenizer; without `model`, of the one that all share."""
+    model = _service(request).experiments.tokenizer_of(model)
     return _body(_named(request, [model]).tokens.info(model))
 
 
@@ -288,6 +289,7 @@ async def get_tokenizer_info(request: Request, model: str = "*") -> Response:
 @v1.post("/tokenize", response_model=TokenizeAnswer, responses=_pick(400, 404, 408, 413, 422))
 async def post_tokenize(asked: TokenizeRequest, request: Request) -> Response:
     """The token ids of a text, in vLLM's shape."""
+    asked = asked.model_copy(update={"model": _service(request).experiments.tokenizer_of(asked.model)})
     return _body(await unless_gone(request, _named(request, [asked.model]).tokens.tokenize(asked)))
 
 
@@ -300,6 +302,7 @@ async def post_tokenize(asked: TokenizeRequest, request: Request) -> Response:
 )
 async def post_detokenize(asked: DetokenizeRequest, request: Request) -> Response:
     """The text of token ids, in vLLM's shape; with its bytes, where these are no UTF-8."""
+    asked = asked.model_copy(update={"model": _service(request).experiments.tokenizer_of(asked.model)})
     return _body(await unless_gone(request, _named(request, [asked.model]).tokens.detokenize(asked)))
 
 

@@ -16,17 +16,28 @@ import asyncio
 import math
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Self
 
 from service.errors import ApiError
 from service.metrics import EngineMetrics
 from service.prefix_cache import PrefixCache
-from service.schedule import Batch, Schedule
+from service.schedule import LANE_TOKENS, Batch, Schedule
 from service.sequence import Done, Job, Reader, Sequence, Waiter
 from service.variant import Row, Rows, Variant
 
 __all__ = ["Done", "Engine", "Job", "Reader", "Row", "Rows"]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A batch that a lane computes."""
+
+    variant: Variant
+    tokens: int
+    wide: bool
+
 
 Answer = Row | int | None | Exception  # the row itself, a reader's next token, nothing, or what went wrong
 Computed = tuple[float, list[Answer], float]  # when it began, each sequence's answer, when it ended
@@ -54,7 +65,7 @@ class Engine:
         self._lanes = lanes
         self._caches = caches or {}
         self._schedules: dict[Variant, Schedule] = {}  # the first is served next
-        self._running: dict[int, bool] = {}  # batches by number, and whether they are wide
+        self._running: dict[int, _Run] = {}  # by the batch's number
         self._batches = 0
         self._unfinished: set[Sequence] = set()
         self._same: dict[tuple[Variant, tuple[int, ...]], Sequence] = {}  # of those without a reader
@@ -249,19 +260,24 @@ class Engine:
     @property
     def _free(self) -> int:
         """Lanes that are."""
-        return 0 if any(self._running.values()) else self._lanes - len(self._running)
+        return 0 if any(run.wide for run in self._running.values()) else self._lanes - len(self._running)
 
     def _next_batch(self) -> Batch:
         """The next one of the variant whose turn it is; empty where nothing can be computed now."""
-        ready = [variant for variant, schedule in self._schedules.items() if schedule]
-        for variant in ready:
+        for variant in [variant for variant, schedule in self._schedules.items() if schedule]:
             schedule = self._schedules[variant]
-            if batch := schedule.next_batch(max(1, self._free - len(ready) + 1)):
+            if self._runs_small(variant) and schedule.joins:
+                continue  # once that one is over
+            others = sum(each.able for each in self._schedules.values() if each is not schedule)
+            if batch := schedule.next_batch(max(1, self._free - others)):
                 self._schedules[variant] = self._schedules.pop(variant)  # at the end: the other variants come first
                 for sequence, _ in batch:
                     self._begin(sequence)
                 return batch
         return []
+
+    def _runs_small(self, variant: Variant) -> bool:
+        return any(run.variant is variant and run.tokens <= LANE_TOKENS for run in self._running.values())
 
     def _begin(self, sequence: Sequence) -> None:
         sequence.running = True
@@ -272,16 +288,16 @@ class Engine:
 
     def _is_wide(self, batch: Batch) -> bool:
         variant = batch[0][0].job.variant
-        if self._running or any(self._schedules.values()):
+        if self._running or any(schedule.able for schedule in self._schedules.values()):
             return False
-        return variant.faster_wide(sum(variant.tokens_of(piece) for _, piece in batch))
+        return variant.faster_wide(_tokens(batch))
 
     def _run_batch(self, batch: Batch, wide: bool) -> None:
         schedule = self._schedules[batch[0][0].job.variant]
         loop = asyncio.get_running_loop()
         self._batches += 1
         number = self._batches
-        self._running[number] = wide
+        self._running[number] = _Run(batch[0][0].job.variant, _tokens(batch), wide)
 
         def in_a_lane() -> None:
             computed = _compute(batch, schedule, wide)
@@ -290,14 +306,14 @@ class Engine:
         self._threads.submit(in_a_lane)
 
     def _ended(self, number: int, batch: Batch, schedule: Schedule, computed: Computed | Exception) -> None:
-        wide = self._running.pop(number)
+        run = self._running.pop(number)
         if self._broken:
             return
         if isinstance(computed, Exception):
             start, answers, end = 0.0, list[Answer]([computed] * len(batch)), 0.0
         else:
             start, answers, end = computed
-            self._count(batch, end - start, wide)
+            self._count(batch, end - start, run)
         for (sequence, piece), answer in zip(batch, answers, strict=True):
             sequence.running = False
             sequence.started = sequence.started or start
@@ -306,16 +322,14 @@ class Engine:
             self._after(sequence, schedule, answer, end)
         self._pump()  # now: those who wait for the answers write them while the lane computes
 
-    def _count(self, batch: Batch, seconds: float, wide: bool) -> None:
-        variant = batch[0][0].job.variant
-        tokens = sum(variant.tokens_of(piece) for _, piece in batch)
+    def _count(self, batch: Batch, seconds: float, run: _Run) -> None:
         generated = sum(piece.rows for sequence, piece in batch if sequence.prefilled)
         padding = 0
-        if not variant.cached:
-            padding = sum(piece.rows for _, piece in batch) * max(len(piece.ids) for _, piece in batch) - tokens
-        side_by_side = 1 if wide else self._lanes
-        self._token_s += 0.1 * (seconds / tokens / side_by_side - self._token_s)
-        self.metrics.computed(variant.name, len(batch), tokens - generated, generated, padding)
+        if not run.variant.cached:
+            padding = sum(piece.rows for _, piece in batch) * max(len(piece.ids) for _, piece in batch) - run.tokens
+        side_by_side = 1 if run.wide else self._lanes
+        self._token_s += 0.1 * (seconds / run.tokens / side_by_side - self._token_s)
+        self.metrics.computed(run.variant.name, len(batch), run.tokens - generated, generated, padding)
 
     def _after(self, sequence: Sequence, schedule: Schedule, answer: Answer, at: float) -> None:
         """What becomes of a sequence whose batch ended at `at`."""
@@ -340,6 +354,11 @@ class Engine:
                 waiter.give(waiter.first, done)
             if not goes_on:
                 waiter.give(waiter.result, done)
+
+
+def _tokens(batch: Batch) -> int:
+    """What it costs."""
+    return sum(sequence.job.variant.tokens_of(piece) for sequence, piece in batch)
 
 
 async def _in_time(waiters: list[Waiter]) -> None:

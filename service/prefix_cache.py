@@ -70,6 +70,11 @@ class PrefixCache:
         """Slots that are taken or in the tree."""
         return self.slots - self._free_count
 
+    @property
+    def available(self) -> int:
+        """Slots that are free, or whose tokens nobody holds."""
+        return self._free_count + self._stored - self._held
+
     def matched(self, ids: Sequence[int]) -> int:
         """How many of the first tokens are cached."""
         return self._find(self._root, ids)[1]
@@ -91,7 +96,7 @@ class PrefixCache:
 
     def take(self, count: int) -> Slots | None:
         """So many slots, evicting what it takes; None, and nothing evicted, where that would not do."""
-        if count > self._free_count + self._stored - self._held:
+        if count > self.available:
             return None
         while self._free_count < count:
             self._evict(count - self._free_count)

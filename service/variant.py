@@ -37,7 +37,7 @@ _CACHE_INPUTS = {
 _CACHE_OUTPUTS = {bundle.PRESENT: ("float", 3)}
 
 WIDE_TOKENS = (1, 16, 64)  # of the prompts that are timed on one core and on all
-WIDE_ROUNDS, WIDE_S = 7, 0.15  # how often at least, and for how long: others' busy moments last 0.1 s
+WIDE_ROUNDS, WIDE_S = 7, 0.1  # how often at least, and for how long: others' busy moments last as long
 WIDE_GAIN = 0.9  # of the time on one core: for less, a second session is not worth its memory
 ROW_BYTES = 3 * 4  # for each token of the vocabulary: logit, softmax, sigmoid
 
@@ -96,6 +96,7 @@ class Variant:
     provider: str
     unfused: str  # why its activation runs as standard operators; empty where it runs our kernel
     audit: Audit
+    file_bytes: int  # of the graph with its weights
     wide_session: Any = None  # the same on all lanes' cores at once; None where that is never faster
     wide_at: tuple[int, ...] = ()  # of WIDE_TOKENS, those for which it is faster
 
@@ -240,15 +241,17 @@ def open_variant(folder: Path, runtime: Runtime, vocabulary: Callable[[Path, str
     _check_signature("input", _INPUTS, session.get_inputs())
     _check_signature("output", _OUTPUTS, session.get_outputs())
     unfused = _unfused(found, runtime.unfused(manifest.activation_info, manifest.precision))
-    variant = Variant(manifest, tokenizer, session, found.provider, unfused, found)
+    file_bytes = sum((folder / name).stat().st_size for name in manifest.files if name != bundle.TOKENIZER)
+    variant = Variant(manifest, tokenizer, session, found.provider, unfused, found, file_bytes)
     if variant.cached:
         _check_signature("input", _CACHE_INPUTS, session.get_overridable_initializers())
         _check_signature("output", _CACHE_OUTPUTS, session.get_outputs())
     _warm_up(variant)
     if runtime.lanes > 1:
         both = dataclasses.replace(variant, wide_session=opened(wide=True))
-        sizes = [tokens for tokens in WIDE_TOKENS if tokens <= variant.context]
-        if faster := tuple(tokens for tokens in sizes if _wide_is_faster(both, tokens)):
+        sizes = [tokens for tokens in reversed(WIDE_TOKENS) if tokens <= variant.context]
+        # Where it does not pay for the longest, it does not for the others, and they need not be timed.
+        if faster := tuple(itertools.takewhile(lambda tokens: _wide_is_faster(both, tokens), sizes)):
             return dataclasses.replace(both, wide_at=faster)
     return variant
 

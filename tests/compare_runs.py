@@ -84,6 +84,7 @@ def record(asked: Spec) -> dict[str, Any]:
         "versions": {"python": "3.11.7", "actuary": "0.1.0", "locust": "2.47.0", "onnxruntime": "1.31.1"},
         "started": "2026-11-21T22:00:00+00:00",
         "command": f"actuary compare {variants} --minutes 5 {load} --seed {asked.seed}",
+        "arguments": {},
         "url": "http://127.0.0.1:41234",
         "own_server": True,
         "workload": {

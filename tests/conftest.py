@@ -163,6 +163,63 @@ def server_url(bundles: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL, but for the database's name, of a PostgreSQL of our own on loopback; skips where it is not installed.
+
+    It refuses to run as root, so there its own user runs it, whom Debian's package makes.
+    """
+    import pwd
+    import shutil
+    import tempfile
+
+    pg_ctl = shutil.which("pg_ctl") or next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))[-1:]), None)
+    if pg_ctl is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    folder, port = Path(tempfile.mkdtemp(prefix="actuary-postgres-")), free_port()
+    as_user: list[str] = []
+    if os.geteuid() == 0:
+        if not any(user.pw_name == "postgres" for user in pwd.getpwall()):
+            pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+        shutil.chown(folder, "postgres")
+        as_user = ["runuser", "-u", "postgres", "--"]
+
+    def control(*arguments: str) -> None:
+        command = [*as_user, str(Path(pg_ctl).resolve()), "-D", str(folder / "data"), *arguments]
+        # Not through a pipe: the server that it starts would keep it open.
+        with (folder.parent / f"{folder.name}.log").open("w+") as said:
+            if subprocess.run(command, stdout=said, stderr=said, cwd="/").returncode:
+                said.seek(0)
+                raise RuntimeError(f"{' '.join(command)}: {said.read()}")
+
+    try:
+        control("initdb", "-o", "-A trust -U actuary --no-sync")
+        settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+        control("-w", "-t", "60", "-o", settings, "start")
+        try:
+            yield f"postgresql://actuary@127.0.0.1:{port}/"
+        finally:
+            control("-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder)
+        (folder.parent / f"{folder.name}.log").unlink(missing_ok=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new database for experiments, as --database takes it: of SQLite, and of PostgreSQL where that is installed."""
+    if request.param == "sqlite":
+        return str(tmp_path / "experiments.db")
+    import uuid
+
+    import psycopg
+
+    url, name = request.getfixturevalue("postgres"), f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(f"{url}postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"{url}{name}"
+
+
+@pytest.fixture(scope="session")
 def client_python(pytestconfig: pytest.Config) -> Callable[..., Path]:
     """`client_python("kserve==1.2.3")`: the Python of an environment that holds these packages and nothing of ours.
 

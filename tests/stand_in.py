@@ -37,7 +37,8 @@ class StandIn(BaseHTTPRequestHandler):
             self._answer(200, {"tokens": [*range(7, 7 + len(request["prompt"].split()))]})
             return
         self.server.seen.append((model, request["prompt"]))
-        time.sleep(DELAY_MS[model] / 1000 + self.server.stall_s())
+        with self.server.core:
+            time.sleep(DELAY_MS[model] / 1000 + self.server.stall_s())
         if model in ("hangs", "drips") and len(self.server.seen) > HANGS_AFTER:
             self.close_connection = True
             with contextlib.suppress(OSError):  # the client has left
@@ -82,6 +83,7 @@ class Server(ThreadingHTTPServer):
         self.seen: list[tuple[str, str]] = []
         self.stall_at: int | None = None  # the count of requests that makes the server stand still
         self.stall_until = 0.0
+        self.core: contextlib.AbstractContextManager[object] = contextlib.nullcontext()  # a lock: one at a time
         self.closing = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 

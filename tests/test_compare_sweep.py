@@ -1,13 +1,16 @@
-"""The knee and the goodput of simulated queues, whose knees are known."""
+"""The knee and the goodput of simulated queues, whose knees are known, and how the sweep comes to its rates."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
+from loadtest.compare.design import Design
 from loadtest.compare.knee import Block, best_goodput, bound_of, knees, sweep
+from loadtest.compare.sweep import AROUND, FIRST_PASS, next_rates
 
 
 def _queue(arm: str, rate: float, mean_ms: float, order: np.random.Generator, window_s: float, poisson: bool) -> Block:
@@ -88,7 +91,7 @@ def test_a_plan_that_is_not_kept_is_over_the_bound_however_fast_the_answers() ->
         assert 70 < knee["rate"] < 80
     nothing = Block("a", 80.0, 1.0, np.empty(0), 0, 0)
     (row,) = sweep([nothing], 50)
-    assert (row["kept_plan"], row["goodput_per_s"]) == (False, 0)
+    assert (row["kept_plan"], row["goodput_per_s"], row["p99_ms"]) == (False, 0, None)
 
 
 def test_the_bound_that_nobody_gave_is_the_baselines_for_all() -> None:
@@ -102,3 +105,47 @@ def test_blocks_of_one_rate_are_taken_together() -> None:
     (row,) = sweep(blocks, objective_ms=2)
     assert (row["p50_ms"], row["blocks"]) == (2.0, 2)
     assert (row["goodput_per_s"], row["requests_per_s"]) == (2.5, 5.0)  # of 20 in 4 s
+
+
+# --- the rates of a sweep ---------------------------------------------------------------------------------------------
+
+DESIGN = Design(("a", "b"), 1.0, 1.0, 0.2, 4, None, "poisson", 0, 30.0, 0.02, False)
+
+
+def _swept(carried: dict[str, float], mean_ms: dict[str, float], passes: int, bound_ms: float | None = None) -> Any:
+    """(rates of each step, blocks) of a sweep over queues with constant arrivals."""
+    order, steps, taken = np.random.default_rng(3), list[dict[str, Any]](), []
+    blocks: list[Block] = []
+    for _ in range(1 + len(FIRST_PASS) + passes * len(AROUND)):
+        rates = next_rates(steps, lambda: blocks, DESIGN, bound_ms)
+        assert [*rates] == [*DESIGN.arms]
+        taken.append(rates)
+        each = [{"arm": arm, "rate": rate, "carried_per_s": carried[arm[0]]} for arm, rate in rates.items()]
+        steps.append({"blocks": each})
+        measured = ((arm, rate) for arm, rate in rates.items() if rate is not None)
+        blocks.extend(_queue(arm, rate, mean_ms[arm[0]], order, 2.0, poisson=False) for arm, rate in measured)
+    return taken, blocks
+
+
+def test_a_sweep_closes_in_on_each_arms_knee() -> None:
+    taken, blocks = _swept({"a": 95.0, "b": 80.0}, {"a": 10.0, "b": 12.5}, passes=3)
+    assert {*taken[0].values()} == {None}  # a closed loop
+    first = [rates["a"] for rates in taken[1 : 1 + len(FIRST_PASS)]]
+    assert first == pytest.approx([95 * share for share in FIRST_PASS], rel=1e-3)
+    assert first == sorted(first)
+    found = knees(blocks, bound_of(blocks, "a"), seed=0)
+    # In 2 s and 1 s before, a queue fed at 1.02 of what it carries waits 60 ms: so far the knee may lie above.
+    for arm, capacity in (("a", 100), ("a:again", 100), ("b", 80)):
+        assert capacity * 0.97 <= found[arm]["rate"] <= capacity * 1.05
+        last = sorted(rates[arm] for rates in taken[-len(AROUND) :])
+        assert last[0] < capacity < last[-1]
+    # What two passes have in common adds up.
+    assert max(row["blocks"] for row in sweep(blocks, 50)) >= 2
+
+
+@pytest.mark.parametrize("wrong", [0.4, 2.5])
+def test_a_sweep_finds_a_knee_that_the_closed_loop_missed(wrong: float) -> None:
+    _, blocks = _swept({"a": 100 * wrong, "b": 80 * wrong}, {"a": 10.0, "b": 12.5}, passes=4, bound_ms=50)
+    found = knees(blocks, 50, seed=0)
+    assert found["a"]["rate"] == pytest.approx(101, rel=0.04)
+    assert found["b"]["rate"] == pytest.approx(81, rel=0.04)

@@ -283,3 +283,35 @@ def test_a_batch_that_is_alone_takes_all_lanes_where_that_is_faster() -> None:
         assert other.ran_wide == [False]
 
     play(scene, lanes=2)
+
+
+def test_what_waits_for_slots_does_not_keep_a_batch_from_all_lanes() -> None:
+    """It cannot start before another one ends, so nothing could run beside that one's batches."""
+
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        variant._wide = True
+        readers = [Counting(20), Counting(20)]
+        await engine.run([Job(variant, [n], reader=reader, max_tokens=700) for n, reader in enumerate(readers)])
+        assert [len(reader.seen) for reader in readers] == [21, 21]
+        assert {len(batch) for _, batch, _ in log} == {1}, "there is room for one of them"
+        assert variant.ran_wide == [True] * 42
+
+    play(scene, slots=CONTEXT, lanes=2)
+
+
+def test_a_variant_that_waits_for_slots_has_no_lane_kept_free() -> None:
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        other = Gated("b", log)
+        reader = Counting(2)
+        generating = await start(engine, [Job(variant, [1], reader=reader, max_tokens=700)])
+        variant.gate.clear()
+        await until(lambda: len(log) >= 1)
+        waits = await start(engine, [Job(variant, [2], reader=Counting(2), max_tokens=700)])
+        log.clear()
+        done = await engine.run([job(other, 10) for _ in range(6)])
+        assert len(done) == 6
+        assert sorted(map(len, lengths_of(log))) == [3, 3], "both lanes that nobody else can use"
+        variant.gate.set()
+        await asyncio.gather(generating, waits)
+
+    play(scene, slots=CONTEXT, lanes=3)

@@ -55,8 +55,20 @@ def compare(new: Run, old: Run, *, margin: float, alpha: float, other_bundles: b
         "alpha": alpha,
         "started": {"then": old.run["started"], "now": new.run["started"]},
         "not_in_both": [arm for arm in {**_arms(new), **_arms(old)} if arm not in common],
-        "notes": _notes(new, old, common),
+        "notes": [
+            *_unfit({"then": then[baseline + AGAIN], "now": now[baseline + AGAIN]}, margin, alpha),
+            *_notes(new, old, common),
+        ],
     }
+
+
+def _unfit(again: Mapping[str, Estimate], margin: float, alpha: float) -> list[str]:
+    """Of each run by itself, the A/A arm over the baseline."""
+    return [
+        f"the machine was not fit {when}: the baseline against itself came out at {interval(_ratio(judged))}"
+        for when, estimate in again.items()
+        if not statistics.fit((judged := Judged(estimate, alpha, alpha)).interval, margin)
+    ]
 
 
 def _estimates(run: Run, arms: Sequence[str]) -> dict[str, Estimate]:

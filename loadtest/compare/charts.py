@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,14 @@ OUTCOMES = {
 }
 BAND = "rgba(138, 143, 152, 0.18)"
 PARTS = ("queue", "tokenize", "infer")
+# Of a model's run: the feed-forward blocks in one hue, then the others.
+RUN_PARTS = {
+    "products of the feed-forward blocks": "#f0a56f",
+    "activation": "#c2571a",
+    "attention": "#3b8bd0",
+    "head": "#8f7ae0",
+    "other": GREY,
+}
 ROW = 34  # pixels of one arm
 SIDES = ("top right", "bottom right", "top left", "bottom left", "top center", "bottom center")  # for a point's name
 
@@ -119,6 +128,7 @@ def quality_against_latency(
             mode="markers+text",
             text=[f"<b>{point.model}</b>" if point.best else point.model],
             textposition=place,
+            textfont={"color": paint},
             marker={"size": 12, "color": paint, "symbol": "circle" if point.best else "circle-open", "line_width": 2},
             error_x=_bar(x, in_percent(point.low), in_percent(point.high), paint),
             error_y=_bar(point.bits, point.bits_low, point.bits_high, paint),
@@ -170,16 +180,18 @@ def _places(points: Sequence[Point], x_range: Sequence[float], y_range: Sequence
         return (bits - y_range[0]) / (y_range[1] - y_range[0])
 
     spots = [(across(point.ratio), up(point.bits)) for point in points]
-    boxes: list[tuple[float, ...]] = [(x - 0.012, y - 0.02, x + 0.012, y + 0.02) for x, y in spots]
+    boxes: list[tuple[float, ...]] = [(x - 0.012, y - 0.018, x + 0.012, y + 0.018) for x, y in spots]
     boxes += [(across(p.low), y - 0.008, across(p.high), y + 0.008) for p, (_, y) in zip(points, spots, strict=True)]
     best = [spot for point, spot in zip(points, spots, strict=True) if point.best]
     for (x, y), (next_x, next_y) in itertools.pairwise(best):  # the staircase
         boxes += [(x, y - 0.004, next_x, y + 0.004), (next_x - 0.004, next_y, next_x + 0.004, y)]
     places = []
     for point, spot in zip(points, spots, strict=True):
-        sides = {side: _box(side, spot, len(point.model)) for side in SIDES}
-        free = [side for side, box in sides.items() if _inside(box) and not any(_meet(box, each) for each in boxes)]
-        places.append(free[0] if free else SIDES[0])
+        near = min((other for other in spots if other != spot), key=lambda other: math.dist(other, spot), default=spot)
+        away = "left" if near[0] > spot[0] else "right"  # so that a name is not taken for its neighbour's
+        order = sorted(SIDES, key=lambda side: not side.endswith(away))
+        sides = {side: _box(side, spot, len(point.model)) for side in order}
+        places.append(min(order, key=lambda side, sides=sides: _covers(sides[side], boxes)))  # the first of the best
         boxes.append(sides[places[-1]])
     return places
 
@@ -187,15 +199,17 @@ def _places(points: Sequence[Point], x_range: Sequence[float], y_range: Sequence
 def _box(side: str, spot: tuple[float, float], letters: int) -> tuple[float, ...]:
     """What a name covers, in shares of the axes: left, bottom, right, top."""
     # A letter is about 8 of 560 pixels wide and a line 18 of 380 high, in the narrower of two columns.
-    wide, high, off = 0.0145 * letters, 0.048, 0.022
+    wide, high, off = 0.0145 * letters, 0.048, 0.024
     up, across = side.split()
     left = spot[0] + {"right": off, "center": -wide / 2, "left": -off - wide}[across]
     bottom = spot[1] + {"top": off, "bottom": -off - high}[up]
     return left, bottom, left + wide, bottom + high
 
 
-def _inside(box: tuple[float, ...]) -> bool:
-    return min(box) >= 0 and max(box) <= 1
+def _covers(box: tuple[float, ...], boxes: Sequence[tuple[float, ...]]) -> int:
+    """How many others; more than all of them where it leaves the picture."""
+    outside = min(box) < 0 or max(box) > 1
+    return sum(_meet(box, each) for each in boxes) + outside * len(boxes)
 
 
 def _meet(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
@@ -279,18 +293,36 @@ def server_beside_client(
     return page.stacked("median, ms", [name_of(arm) for arm, _ in rows], parts_ms), rows
 
 
-def ffn_share(shares: Mapping[str, float]) -> go.Figure:
-    """Share of the run that the feed-forward blocks take, by ONNX Runtime's profile."""
-    drawn = figure("share of the model's run", "")
-    models = list(shares)[::-1]
-    drawn.add_bar(
-        y=models,
-        x=[shares[model] for model in models],
-        orientation="h",
-        marker={"color": colour(0)},
-        hovertemplate="%{x:.1%} of the run<extra></extra>",
-    )
-    drawn.update_layout(height=90 + ROW * len(models), bargap=0.35)
+def ffn_share(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
+    """What each variant's own run is made of, by ONNX Runtime's profile; `ffn` counts the activation in."""
+    parts = {
+        "products of the feed-forward blocks": [share["ffn"] - share["activation"] for share in shares.values()],
+        **{part: [share[part] for share in shares.values()] for part in ("activation", "attention", "head", "other")},
+    }
+    drawn = page.stacked("share of the model's run", list(shares), parts, RUN_PARTS, "%{x:.1%} of the run")
     drawn.update_xaxes(tickformat=".0%", range=[0, 1])
-    drawn.update_yaxes(type="category")
+    return drawn
+
+
+def latency_against_rate(result: Mapping[str, Any], arms: Sequence[str]) -> go.Figure:
+    """p99, and dotted p50, of each arm at each rate; the objective is the line that a knee is at."""
+    drawn = figure("planned arrivals per second", "latency from the planned send, ms", hovermode="closest")
+    every = [row for row in result["sweep"] if row["p99_ms"] is not None]
+    for index, arm in enumerate(arms):
+        rows = [row for row in every if row["arm"] == arm]
+        for percentile, dash in (("p50", "dot"), ("p99", "solid")):
+            drawn.add_scatter(
+                x=[row["rate"] for row in rows],
+                y=[row[f"{percentile}_ms"] for row in rows],
+                name=name_of(arm),
+                legendgroup=arm,
+                showlegend=percentile == "p99",
+                mode="lines+markers" if percentile == "p99" else "lines",
+                line={"width": 2 if percentile == "p99" else 1, "color": colour(index), "dash": dash},
+                marker={"symbol": ["circle" if row["kept_plan"] else "x" for row in rows], "size": 7},
+                hovertemplate=f"{percentile} %{{y:.1f}} ms at %{{x:g}}/s<extra>{name_of(arm)}</extra>",
+            )
+    drawn.add_hline(y=result["objective_ms"], line={"color": GREY, "width": 1, "dash": "dash"})
+    values = [row[name] for row in every for name in ("p50_ms", "p99_ms")]
+    drawn.update_yaxes(**log_ticks(np.array([*values, result["objective_ms"]])))
     return drawn

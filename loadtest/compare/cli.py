@@ -19,10 +19,10 @@ from rich.console import Console
 
 from actuary import ActuaryError, BadInput
 from loadtest import plan as planning
-from loadtest.compare import store
+from loadtest.compare import ffn, store, sweep
 from loadtest.compare.arms import Arms
 from loadtest.compare.design import AGAIN, Design
-from loadtest.compare.driver import Comparison, measure, stopping
+from loadtest.compare.driver import Comparison, Settled, measure, over, stopping
 from loadtest.compare.options import arguments_of, folder_to_resume, options, place_of, repeat
 from loadtest.compare.progress import Written
 from loadtest.compare.prompts import Lengths, Source, built_in, cut_corpus, make_workload, read_prompts, read_traffic
@@ -39,7 +39,7 @@ RESULT = "result.json"
 @click.command()
 @options
 @click.pass_context
-def compare(context: click.Context, **given: Any) -> None:
+def compare(context: click.Context, /, **given: Any) -> None:
     """Compare variants under load: which is slower, which faster, by how much, and how sure that is.
 
     Short blocks of load on one variant after another, in a balanced random order, until it is settled or the minutes
@@ -55,8 +55,9 @@ def compare(context: click.Context, **given: Any) -> None:
         die_with_parent()
     check_json(given["json_file"])
     resumed = given["resume"] is not None
+    arguments = {} if resumed else arguments_of(given)  # refused before there is a folder
     folder = folder_to_resume(context) if resumed else _new_folder(given["out"])
-    arguments = store.run_of(folder)["arguments"] if resumed else arguments_of(given)
+    arguments = arguments or store.run_of(folder)["arguments"]
     console = Console(stderr=True)
     with _tidy(folder, keep=resumed), store.locked(folder):
         result = _measured(arguments, folder, resumed, console)
@@ -97,6 +98,8 @@ def _tidy(folder: Path, keep: bool) -> Iterator[None]:
 
 
 def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: Console) -> dict[str, Any]:
+    if resumed and (ended := _over(folder, arguments)):
+        return _judged(arguments, folder, ended, [], console)
     source = None if resumed else _source(arguments)  # before a server is started
 
     def start() -> OwnServer:
@@ -124,7 +127,6 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
             run = _run(arguments, design, workload, served, url, own is not None)
             workload.write(folder / store.WORKLOAD)
             store.create(folder, run)
-        arms = Arms(url, {model: served[model] for model in design.models})
         with Terminal(design, console) as terminal:
             progress = Written(folder, design, terminal)
             comparison = Comparison(
@@ -134,18 +136,43 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
                 url,
                 own,
                 start if own else None,
-                (lambda: arms.warm(workload)) if workload.cache == "warm" else (lambda: None),
+                lambda url: _warm(url, design, served, workload),
                 place_of(arguments),
                 progress,
             )
             with stopping(comparison):
                 ended = measure(comparison, _settled(run))
+                said = _and_then(comparison, arguments) if ended != "interrupted" else []
             progress.starting("judging")
     finally:
         own = comparison.own if comparison else own
         if own:
             own.stop()
-    return _result(folder, ended)
+    return _judged(arguments, folder, ended, said, console)
+
+
+def _judged(arguments: dict[str, Any], folder: Path, ended: str, said: list[str], console: Console) -> dict[str, Any]:
+    """When the server is gone: what of its own bundles is measured without it, and the verdict."""
+    if not arguments["url"] and ended != "interrupted":
+        with console.status("where each variant's time goes"):
+            ffn.measure(folder, Path(arguments["bundles"]), Path(arguments["ops"]))
+    return result_of(folder, ended, said)
+
+
+def _and_then(comparison: Comparison, arguments: dict[str, Any]) -> list[str]:
+    """What is measured after the blocks, with the same server; why it ended early, where it did."""
+    if not arguments.get("sweep"):
+        return []
+    why = sweep.measure(comparison, arguments["sweep"], arguments["objective_ms"])
+    return [why] if why else []
+
+
+def _over(folder: Path, arguments: dict[str, Any]) -> str:
+    """Why no load is missing; empty where some is."""
+    kept = store.read(folder)
+    if arguments.get("sweep") and sweep.missing_s(folder, arguments["sweep"]):
+        return ""
+    return over(Design.of_json(kept.run["design"]), kept.blocks, _settled(kept.run))
 
 
 def _source(arguments: dict[str, Any]) -> Source | None:
@@ -170,6 +197,11 @@ def _workload(source: Source, arms: Arms, arguments: dict[str, Any]) -> Workload
         top_k=arguments["top_k"],
         speed=arguments["speed"],
     )
+
+
+def _warm(url: str, design: Design, served: dict[str, dict[str, object]], workload: Workload) -> None:
+    if workload.cache == "warm":
+        Arms(url, {model: served[model] for model in design.models}).warm(workload)
 
 
 def _models(arguments: dict[str, Any], served: list[str]) -> tuple[str, ...]:
@@ -239,7 +271,7 @@ def _check_same(run: dict[str, Any], served: dict[str, dict[str, object]]) -> No
             raise BadInput(f"{model!r} is another bundle than when the run began; start a new run")
 
 
-def _settled(run: dict[str, Any]) -> Any:
+def _settled(run: dict[str, Any]) -> Settled:
     design = Design.of_json(run["design"])
 
     def settled(blocks: pl.DataFrame) -> bool:
@@ -250,7 +282,8 @@ def _settled(run: dict[str, Any]) -> Any:
     return settled
 
 
-def _result(folder: Path, ended: str) -> dict[str, Any]:
+def result_of(folder: Path, ended: str, said: list[str]) -> dict[str, Any]:
+    """What is to be said of a run's folder: the verdict on its rounds, and what was measured beside them."""
     kept = store.read(folder)
     if not kept.rounds:
         raise ActuaryError(f"stopped before the first round was finished, nothing to judge; --resume {folder} goes on")
@@ -263,8 +296,10 @@ def _result(folder: Path, ended: str) -> dict[str, Any]:
         "kind": store.KIND,
         **judged,
         "ended": ended,
-        "said": _said(kept),
+        "said": [*_said(kept), *said, *ffn.said(folder)],
         "cold": kept.warmup,
+        **sweep.result(folder, design, kept.run["arguments"].get("objective_ms")),
+        **ffn.result(folder),
     }
 
 

@@ -30,7 +30,10 @@ from loadtest.compare.workloads import Workload
 from loadtest.samples import KEPT_SHARE, too_slow
 
 DIGITS = 6  # of a second, in a round's facts
-VOID_ROUNDS = 3  # in a row, with no block that counts, end a comparison
+VOID_ROUNDS = 3  # in a row in which an arm's block does not count end a comparison
+
+
+Settled = Callable[[pl.DataFrame], bool]
 
 
 class Interrupted(Exception):
@@ -59,7 +62,7 @@ class Comparison:
     url: str
     own: OwnServer | None  # of the comparison; None where --url names another's
     restart: Callable[[], OwnServer] | None
-    warm: Callable[[], None]  # before the load, where the workload is sent to a warm cache
+    warm: Callable[[str], None]  # the server at a URL, where the workload is sent to a warm cache
     place: Place
     progress: Progress
     interrupted: bool = False
@@ -71,6 +74,13 @@ class Comparison:
             raise Interrupted
         if self.own:
             self.own.check()
+
+    def renew_server(self) -> None:
+        """In place of one of ours that has died."""
+        assert self.restart is not None
+        self.own = self.restart()
+        self.url = self.own.url
+        self.own.wait(self.look)
 
 
 @contextlib.contextmanager
@@ -88,26 +98,23 @@ def stopping(comparison: Comparison) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-Settled = Callable[[pl.DataFrame], bool]
-
-
 def measure(comparison: Comparison, settled: Settled) -> str:
     """Measures what is missing. "settled", "minutes" or "interrupted": why it ended.
 
     A Locust or a server of ours that dies is started again, once for each round; ActuaryError when that is not enough.
     """
-    kept = store.read(comparison.folder)
-    blocks, number = kept.blocks, len(kept.rounds)
-    state = _State(comparison, number, blocks, _run_s(blocks))
-    died_in = -1
-    while not state.full():
+    state = _State(comparison, store.read(comparison.folder))
+    died_in, server_died = -1, False
+    while not (why := over(comparison.design, state.blocks, settled)):
         try:
+            if server_died:
+                comparison.renew_server()
             return state.load(settled)
         except Interrupted:
             return "interrupted"
         except (GeneratorDied, ServerDied) as error:
-            again = comparison.restart is not None or isinstance(error, GeneratorDied)
-            if died_in == state.number or not again:
+            server_died = isinstance(error, ServerDied)
+            if died_in == state.number or (server_died and comparison.restart is None):
                 raise ActuaryError(
                     f"{error}\n{state.number} rounds are kept; go on with --resume {comparison.folder}"
                 ) from error
@@ -115,11 +122,19 @@ def measure(comparison: Comparison, settled: Settled) -> str:
             sentence = f"{str(error).splitlines()[0].partition(';')[0]}; started again in round {state.number}"
             comparison.said.append(sentence)
             comparison.progress.say(sentence)
-            if isinstance(error, ServerDied) and comparison.restart:
-                comparison.own = comparison.restart()
-                comparison.url = comparison.own.url
-                comparison.own.wait(comparison.look)
-    return "minutes"
+    return why
+
+
+def over(design: Design, blocks: pl.DataFrame, settled: Settled) -> str:
+    """Why no round is missing: "settled", "minutes", or empty where one is. There is always one."""
+    rounds = blocks["round"].n_unique()
+    if not rounds:
+        return ""
+    # Asked after a full cycle only: between two the arms' places are not balanced.
+    if rounds % design.cycle == 0 and not design.fixed and settled(blocks):
+        return "settled"
+    full = rounds >= design.rounds or _run_s(blocks) + design.round_s > design.minutes * 60
+    return "minutes" if full else ""
 
 
 def _run_s(blocks: pl.DataFrame) -> float:
@@ -131,23 +146,21 @@ def _run_s(blocks: pl.DataFrame) -> float:
 class _State:
     """How far a run is."""
 
-    def __init__(self, comparison: Comparison, number: int, blocks: pl.DataFrame, run_s: float) -> None:
+    def __init__(self, comparison: Comparison, kept: store.Run) -> None:
         self.comparison, self.design = comparison, comparison.design
-        self.number, self.blocks = number, blocks
-        self.origin = time.monotonic() - run_s  # of the run's clock
-        self.void_rounds = 0
-
-    def full(self) -> bool:
-        """Whether another round does not fit into the minutes; one always does."""
-        if not self.number:
-            return False
-        end_s = _run_s(self.blocks) + self.design.round_s
-        return self.number >= self.design.rounds or end_s > self.design.minutes * 60
+        self.number, self.blocks = len(kept.rounds), kept.blocks
+        self.origin = 0.0  # of the run's clock, by time.monotonic
+        self.void_in_a_row = dict.fromkeys(self.design.arms, 0)
 
     def load(self, settled: Settled) -> str:
         """From one start of Locust to its end."""
         comparison, design = self.comparison, self.design
-        comparison.progress.starting("starting Locust")
+        where = comparison.place.master
+        comparison.progress.starting(
+            f"waiting for {comparison.place.workers} workers at {where[0]} port {where[1]}"
+            if where
+            else "starting Locust"
+        )
         with Generator(
             comparison.url,
             comparison.workload,
@@ -159,15 +172,13 @@ class _State:
             comparison.look,
         ) as locust:
             meter = Meter(comparison.own.process.pid if comparison.own else pid_at(comparison.url))
-            comparison.warm()
-            run_s = _run_s(self.blocks)
+            comparison.warm(comparison.url)
             self._warm_up(locust)
-            self.origin = time.monotonic() - run_s
-            while not self.full():
+            self.origin = time.monotonic() - _run_s(self.blocks)
+            while True:
                 self._round(locust, meter)
-                if self.number % design.cycle == 0 and not design.fixed and settled(self.blocks):
-                    return "settled"
-        return "minutes"
+                if why := over(design, self.blocks, settled):
+                    return why
 
     def _warm_up(self, locust: Generator) -> None:
         visits = []
@@ -200,7 +211,7 @@ class _State:
                     "void": why_void(seen.rows, visit),
                 }
             )
-            frames.append(_frame(seen.rows, where, began_s))
+            frames.append(frame_of(seen.rows, where, began_s))
         samples = pl.concat(frames)
         said, self.comparison.said = self.comparison.said, []
         store.write_round(self.comparison.folder, self.number, samples, {"at": began, "blocks": facts, "said": said})
@@ -216,11 +227,15 @@ class _State:
             raise ServerDied(f"the server at {self.comparison.url} no longer answers")
 
     def _check_void(self, facts: Sequence[dict[str, Any]]) -> None:
-        self.void_rounds = self.void_rounds + 1 if all(block["void"] for block in facts) else 0
-        if self.void_rounds == VOID_ROUNDS:
-            reasons = list(dict.fromkeys(block["void"] for block in facts))
+        """An arm whose blocks never count has no pairs, however long it takes."""
+        for block in facts:
+            arm = block["arm"]
+            self.void_in_a_row[arm] = self.void_in_a_row[arm] + 1 if block["void"] else 0
+        never = [block for block in facts if self.void_in_a_row[block["arm"]] >= VOID_ROUNDS]
+        if never:
+            reasons = "; ".join(f"{block['arm']}: {block['void']}" for block in never)
             raise ActuaryError(
-                f"no block of the last {VOID_ROUNDS} rounds counts: {'; '.join(reasons)}; "
+                f"of the last {VOID_ROUNDS} rounds no block counts of {reasons}; "
                 f"{self.number} rounds are kept in {self.comparison.folder}"
             )
 
@@ -271,7 +286,7 @@ def _warm_facts(seen: Seen) -> dict[str, Any]:
     }
 
 
-def _frame(rows: Sequence[dict[str, Any]], where: dict[str, Any], began_s: float) -> pl.DataFrame:
+def frame_of(rows: Sequence[dict[str, Any]], where: dict[str, Any], began_s: float) -> pl.DataFrame:
     schema = {name: kind for name, kind in store.SAMPLES.items() if name not in where}
     moved = [pl.col(name) + began_s for name in ("planned_s", "at_s")]
     return (

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -76,6 +77,8 @@ class Generator:
         self._plan = {"workload": workload_told(workload), "models": list(models)}
         self._processes: list[tuple[str, subprocess.Popen[bytes]]] = []
         self._read = b""
+        # Workers of other machines come when somebody starts them.
+        self._start_s = math.inf if place.master else START_S
         self._start(url, users, place, folder)
 
     @property
@@ -95,7 +98,7 @@ class Generator:
         if place.workers:
             leading += ["--master", "--master-bind-host", host, "--master-bind-port", str(port)]
             leading += ["--expect-workers", str(place.workers)]
-        started = [("Locust", leading, (theirs.fileno(),))]
+        started: list[tuple[str, list[str], tuple[int, ...]]] = [("Locust", leading, (theirs.fileno(),))]
         for number in range(0 if place.master else place.workers):
             joining = [*common, "--worker", "--master-host", host, "--master-port", str(port)]
             started.append((f"Locust's worker {number}", joining, ()))
@@ -116,8 +119,7 @@ class Generator:
 
     def __enter__(self) -> Generator:
         try:
-            # Workers of other machines come when somebody starts them.
-            self._await("ready", time.monotonic() + START_S)
+            self._await("ready", time.monotonic() + self._start_s)
             self._tell({"tell": "plan", "plan": self._plan})
         except BaseException:
             self.close()

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression  # type: ignore[import-untyped]
 
 from loadtest.samples import KEPT_SHARE
 
@@ -44,15 +43,15 @@ def sweep(blocks: Sequence[Block], objective_ms: float) -> list[dict[str, Any]]:
         objective_ms: an answer within it, from the planned time, is good.
     """
     rows = []
-    for (arm, rate), its in _by_rate(blocks).items():
+    for (arm, rate), its in by_rate(blocks).items():
         latencies = np.concatenate([block.latencies_ms for block in its])
         p50, p99 = _percentiles(latencies)
         rows.append(
             {
                 "arm": arm,
                 "rate": rate,
-                "p50_ms": p50,
-                "p99_ms": p99,
+                "p50_ms": p50 if latencies.size else None,
+                "p99_ms": p99 if latencies.size else None,
                 "goodput_per_s": round(_goodput_per_s(its, objective_ms), 3),
                 "requests_per_s": round(len(latencies) / sum(block.window_s for block in its), 3),
                 "kept_plan": _kept_plan(its),
@@ -66,10 +65,10 @@ def knees(blocks: Sequence[Block], bound_ms: float, seed: int) -> dict[str, dict
     """By arm: `rate`, and the interval `low` to `high`. None for what lies outside of the rates that were measured."""
     found = {}
     for arm in dict.fromkeys(block.arm for block in blocks):
-        at_rate = {rate: its for (whose, rate), its in _by_rate(blocks).items() if whose == arm}
+        at_rate = {rate: its for (whose, rate), its in by_rate(blocks).items() if whose == arm}
         order = np.random.default_rng(seed)
         again = [
-            _knee(
+            knee_of(
                 {rate: [its[i] for i in order.integers(len(its), size=len(its))] for rate, its in at_rate.items()},
                 bound_ms,
             )
@@ -79,7 +78,7 @@ def knees(blocks: Sequence[Block], bound_ms: float, seed: int) -> dict[str, dict
         low, high = np.quantile(again, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
         found[arm] = {
             name: round(float(value), 3) if 0 < value < math.inf else None
-            for name, value in (("rate", _knee(at_rate, bound_ms)), ("low", low), ("high", high))
+            for name, value in (("rate", knee_of(at_rate, bound_ms)), ("low", low), ("high", high))
         }
     return found
 
@@ -95,13 +94,15 @@ def best_goodput(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
 
 def bound_of(blocks: Sequence[Block], baseline: str) -> float:
     """The bound where nobody gave one: the same for all arms, from the baseline's median at its lowest rate."""
-    at_rate = {rate: its for (arm, rate), its in _by_rate(blocks).items() if arm == baseline}
+    at_rate = {rate: its for (arm, rate), its in by_rate(blocks).items() if arm == baseline}
     p50, _ = _percentiles(np.concatenate([block.latencies_ms for block in at_rate[min(at_rate)]]))
     return BOUND_OF_IDLE * p50
 
 
-def _knee(at_rate: Mapping[float, Sequence[Block]], bound_ms: float) -> float:
+def knee_of(at_rate: Mapping[float, Sequence[Block]], bound_ms: float) -> float:
     """0 where p99 is over the bound at the lowest rate already, infinity where it never is."""
+    from scipy.optimize import isotonic_regression  # type: ignore[import-untyped]  # takes half a second to import
+
     rates = sorted(at_rate)
     log_p99 = isotonic_regression([_log_p99(at_rate[rate], bound_ms) for rate in rates]).x
     over = np.flatnonzero(log_p99 > 0)
@@ -142,7 +143,7 @@ def _percentiles(latencies_ms: NDArray[np.float64]) -> tuple[float, float]:
     return round(float(p50), 4), round(float(p99), 4)
 
 
-def _by_rate(blocks: Sequence[Block]) -> dict[tuple[str, float], list[Block]]:
+def by_rate(blocks: Sequence[Block]) -> dict[tuple[str, float], list[Block]]:
     found: dict[tuple[str, float], list[Block]] = {}
     for block in blocks:
         found.setdefault((block.arm, block.rate), []).append(block)

@@ -26,7 +26,7 @@ from gevent.event import AsyncResult, Event  # type: ignore[import-untyped]
 from locust import FastHttpUser, events, task
 from locust.contrib.fasthttp import FAILURE_EXCEPTIONS
 from locust.env import Environment
-from locust.runners import MasterRunner, WorkerRunner
+from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
 from loadtest.answers import HEADERS, NO_ANSWER_PAUSE_S, TIMER_STEP_S, reason, server_times, wrong_shape
 from loadtest.compare.design import Visit
@@ -37,7 +37,7 @@ from loadtest.samples import DIGITS
 
 log = logging.getLogger(__name__)
 
-PLAN, VISIT, DRAINED, USERS = "actuary-plan", "actuary-visit", "actuary-drained", "actuary-users"
+PLAN, VISIT, DRAINED = "actuary-plan", "actuary-visit", "actuary-drained"
 LOOK_S = 0.5  # between two looks whether a worker is still there
 
 
@@ -99,9 +99,13 @@ class _Node:
 
     def visit(self, environment: Environment, msg: Any, **_: Any) -> None:
         """Wakes the users; when the last has finished, sends what they saw."""
-        assert self.workload is not None
         runner = environment.runner
-        assert runner is not None
+        assert isinstance(runner, LocalRunner | WorkerRunner)
+        if runner.client_id not in msg.data["workers"]:
+            return  # it joined a moment ago, and has no users yet
+        assert self.workload is not None
+        while self.waiting < runner.user_count:  # those that were made a moment ago
+            gevent.sleep(TIMER_STEP_S)
         share = (msg.data["workers"].index(runner.client_id), len(msg.data["workers"]))
         running = self.running = _Running(Visit(**msg.data["visit"]), self.workload, share, self.waiting)
         came, self.coming, self.waiting = self.coming, AsyncResult(), 0
@@ -144,7 +148,13 @@ class ArmUser(FastHttpUser):
         row: dict[str, Any] = {"worker": f"w{running.worker}", "prompt": number, "planned_s": planned_s, "at_s": at_s}
         row |= {"late_ms": (at_s - planned_s) * 1000, "starved": int(starved)}
         row |= {"ttft_ms": math.nan, "itl_ms": math.nan, "tokens": 0}
-        asked = {"data": body, "headers": HEADERS, "name": model, "catch_response": True, "context": {"row": row}}
+        asked: dict[str, Any] = {
+            "data": body,
+            "headers": HEADERS,
+            "name": model,
+            "catch_response": True,
+            "context": {"row": row},
+        }
         if path == NEXT_TOKEN:
             with self.client.post(path, **asked) as response:
                 if response.status_code == 200:
@@ -171,7 +181,7 @@ class ArmUser(FastHttpUser):
             gevent.sleep(NO_ANSWER_PAUSE_S)
 
 
-@events.request.add_listener
+@events.request.add_listener  # type: ignore[untyped-decorator]
 def _record(response_time: float, response: Any, context: dict[str, Any], exception: Any, **_: Any) -> None:
     running = node.running
     assert running is not None
@@ -201,14 +211,14 @@ class _Conductor:
     def workers(self) -> list[str]:
         runner = self.environment.runner
         if isinstance(runner, MasterRunner):
-            return sorted(client.id for client in runner.clients.all)
-        assert runner is not None
+            return sorted(client.id for client in runner.clients.spawning + runner.clients.running)
+        assert isinstance(runner, LocalRunner)
         return [runner.client_id]
 
     def receive(self, environment: Environment, msg: Any, **_: Any) -> None:
         if msg.data["number"] != self.number:
             return
-        who = self.environment.runner.client_id if msg.node_id == "local" else msg.node_id
+        who = self.workers()[0] if msg.node_id == "local" else msg.node_id
         self.rows += msg.data["rows"]
         self.cpu_share = max(self.cpu_share, msg.data["cpu_share"])
         self.waiting.discard(who)
@@ -246,9 +256,9 @@ class _Conductor:
         self.number += 1
         self.waiting, self.rows, self.cpu_share, self.drained = set(workers), [], 0.0, Event()
         began = time.monotonic()
-        said = {"number": self.number, "workers": workers, "visit": asked}
-        gevent.spawn(runner.send_message, VISIT, said)
-        for name, when_s in (("began", 0.0), ("block", visit.settle_s), ("ended", visit.load_s)):
+        self.tell("began", at=began)
+        gevent.spawn(runner.send_message, VISIT, {"number": self.number, "workers": workers, "visit": asked})
+        for name, when_s in (("block", visit.settle_s), ("ended", visit.load_s)):
             gevent.sleep(max(0.0, began + when_s - time.monotonic()))
             self.tell(name, at=time.monotonic())
         while not self.drained.wait(LOOK_S):
@@ -258,14 +268,14 @@ class _Conductor:
         self.tell("drained", at=time.monotonic(), rows=self.rows, cpu_share=self.cpu_share)
 
 
-@events.init_command_line_parser.add_listener
+@events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
 def _options(parser: Any) -> None:
     group = parser.add_argument_group("Actuary options")
     group.add_argument("--driver", type=int, default=-1, help="File descriptor of the socket to `actuary compare`.")
     group.add_argument("--request-timeout", type=float, default=30.0, help="Seconds until a request failed.")
 
 
-@events.init.add_listener
+@events.init.add_listener  # type: ignore[untyped-decorator]
 def _init(environment: Environment, **_: Any) -> None:
     runner, options = environment.runner, environment.parsed_options
     assert runner is not None
@@ -278,4 +288,4 @@ def _init(environment: Environment, **_: Any) -> None:
             raise SystemExit("this locustfile is conducted by `actuary compare`; alone there is loadtest/locustfile.py")
         conductor = _Conductor(environment, socket.socket(fileno=options.driver))
         runner.register_message(DRAINED, conductor.receive)
-        environment.events.spawning_complete.add_listener(conductor.begin)
+        environment.events.spawning_complete.add_listener(conductor.begin)  # type: ignore[no-untyped-call]

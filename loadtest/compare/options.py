@@ -19,6 +19,7 @@ from loadtest.shared import POSITIVE, Finite, free_users
 BUNDLES, OPS = Path("artifacts/bundles"), Path("artifacts/ops")
 USERS = 4
 USERS_OF_TRAFFIC = 64
+LEAST_PLANNED = 5  # in a block: of Poisson arrivals one block in 150 has then none
 # What --resume does not take from the run: where its result goes, and whose child this is.
 FREE = ("resume", "json_file", "with_parent")
 
@@ -61,6 +62,15 @@ _OPTIONS = (
     _option("--top-k", type=click.IntRange(0), default=10, help="Tokens asked for."),
     _option("--block", type=POSITIVE, default=1.0, help="Seconds of one measured block."),
     _option("--settle", type=Finite(min=0), default=0.2, help="Seconds before it, discarded."),
+    _option(
+        "--sweep", type=POSITIVE, metavar="MINUTES", help="Then so many more at rising rates: where each one's knee is."
+    ),
+    _option(
+        "--objective-ms",
+        type=POSITIVE,
+        help="With --sweep: good answers are within it, and the knee is where p99 leaves it.  [default: 5 times the "
+        "baseline's idle p50]",
+    ),
     _option("--seed", type=click.IntRange(0), default=0, help="Of orders, prompts and arrivals."),
     _option("--timeout", type=POSITIVE, default=30.0, help="Seconds until a request failed."),
     _option("--fixed", is_flag=True, help="All of --minutes, although it is settled before."),
@@ -100,8 +110,21 @@ def arguments_of(given: dict[str, Any]) -> dict[str, Any]:
         raise BadInput("--lengths says how a text is cut; give the text with --corpus")
     if asked["traffic"] and asked["rate"]:
         raise BadInput("--rate: recorded traffic has its own times; --speed hurries them")
+    if asked["traffic"] and asked["sweep"]:
+        raise BadInput("--sweep chooses its own rates; recorded traffic has its own times: leave one of the two out")
+    if asked["objective_ms"] and not asked["sweep"]:
+        raise BadInput("--objective-ms is what --sweep looks for; give it its minutes")
     if asked["users"] is None:
-        asked["users"] = free_users(asked["rate"]) if asked["rate"] else USERS_OF_TRAFFIC if asked["traffic"] else USERS
+        asked["users"] = (
+            free_users(float(asked["rate"])) if asked["rate"] else USERS_OF_TRAFFIC if asked["traffic"] else USERS
+        )
+    if asked["workers"] > asked["users"]:
+        raise BadInput(f"--workers {asked['workers']} have {asked['users']} users between them; give each one, or more")
+    if asked["rate"] and asked["rate"] * asked["block"] < LEAST_PLANNED:
+        raise BadInput(
+            f"--rate {asked['rate']:g} plans fewer than {LEAST_PLANNED} requests in a --block of {asked['block']:g} s, "
+            "which have no median to speak of; raise one of the two"
+        )
     if asked["variants"] is not None:
         names = [name.strip() for name in asked["variants"].split(",")]
         for name in names:

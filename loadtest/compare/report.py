@@ -25,6 +25,7 @@ from loadtest.page import ms
 from loadtest.shared import write
 
 NAME = "report"  # .html and .md
+VOID = 20  # void blocks that the table names; all of them are in rounds/*.json
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def write_files(
     name = NAME
     if found:
         parts.insert(0, _against(found))
-        name = f"against-{Path(found['old']).name}"
+        name = f"against-{found['old']}"
     files = {f"{name}.html": draw(run, result, parts), f"{name}.md": markdown(run, result, parts)}
     for file, text in files.items():
         write(folder / file, text)
@@ -64,7 +65,7 @@ def sections(run: Run, result: Mapping[str, Any]) -> list[Section]:
             page.ecdf({words.name_of(arm): values for arm, values in latencies.items()}),
             words.quantiles_table(latencies),
         ),
-        *_sweep(result),
+        *_sweep(result, arms),
         _time_line(run.blocks, arms),
         *_server(run.blocks, arms),
         *_ffn(result),
@@ -78,7 +79,7 @@ def _against(found: Mapping[str, Any]) -> Section:
             for arm in found["arms"]]  # fmt: skip
     rows.append((words.name_of(found["baseline"] + AGAIN), "check", "", "", words.interval(found["aa"])))
     return Section(
-        f"Against {Path(found['old']).name}",
+        f"Against {found['old']}",
         against.said(found),
         charts.forest(found, "p50 now over then, %"),
         Table(("variant", "outcome", f"then, over {found['baseline']}", "now", "now over then"), tuple(rows)),
@@ -104,21 +105,47 @@ def _frontier(run: Mapping[str, Any], result: Mapping[str, Any], blocks: pl.Data
     p50 = words.medians(blocks, ["p50_ms"]).get(baseline, {}).get("p50_ms")
     if not points or p50 is None:
         return Section(title, why_not or f"{baseline} was never answered well, so there is no latency to draw.")
+    doubt = "" if result["fit"] else "Its latencies are not to be trusted, as said at the top. "
     return Section(
         title,
-        frontier.said(points, frontier.unknown(run, points)),
+        doubt + frontier.said(points, frontier.unknown(run, points)),
         charts.quality_against_latency(points, words.arms_of(run), baseline, p50),
         frontier.table(points, baseline, p50),
     )
 
 
-def _sweep(result: Mapping[str, Any]) -> list[Section]:
-    return []
+def _sweep(result: Mapping[str, Any], arms: Sequence[str]) -> list[Section]:
+    if not result.get("sweep"):
+        return []
+
+    def per_s(value: float | None) -> str:
+        return "not reached" if value is None else f"{value:.4g}"
+
+    rows = []
+    for arm in arms:
+        knee, best = result["knee"].get(arm), result["goodput"].get(arm)
+        if knee and best:
+            interval = f"{per_s(knee['low'])} to {per_s(knee['high'])}"
+            rows.append(
+                (words.name_of(arm), per_s(knee["rate"]), interval, f"{best['per_s']:.4g} at {best['rate']:g}/s")
+            )
+    asked = "asked for" if result["objective_given"] else "5 times the baseline's idle p50, since none was asked for"
+    return [
+        Section(
+            "Latency against rate",
+            "Solid: p99, dotted: p50. The knee is the highest rate at which p99, from the planned time, stays within "
+            f"{ms(result['objective_ms'])} ms ({asked}); good answers are within it. Crosses: the plan was not kept. "
+            "Blocks are short, so just above what a variant carries its queue has little time to grow.",
+            charts.latency_against_rate(result, arms),
+            Table(("arm", "knee, /s", "95 % interval", "most good answers /s"), tuple(rows)),
+        )
+    ]
 
 
 def _time_line(blocks: pl.DataFrame, arms: Sequence[str]) -> Section:
     void = blocks.filter(pl.col("void") != "")
     rows = [(str(n), words.name_of(arm), why) for n, arm, why in void.select("round", "arm", "void").rows()]
+    shown = [*rows[:VOID], ("…", f"and {len(rows) - VOID} more", "")] if len(rows) > VOID else rows
     return Section(
         "Block by block",
         "Each mark is one block. What slows all arms of a round alike, the grey line, cancels in the differences. "
@@ -128,7 +155,7 @@ def _time_line(blocks: pl.DataFrame, arms: Sequence[str]) -> Section:
             else "No block was void."
         ),
         charts.time_line(blocks, arms),
-        Table(("round", "arm", "why it is void"), tuple(rows)) if rows else None,
+        Table(("round", "arm", "why it is void"), tuple(shown)) if rows else None,
     )
 
 
@@ -153,12 +180,17 @@ def _ffn(result: Mapping[str, Any]) -> list[Section]:
     shares = result.get("ffn_share")
     if not shares:
         return []
+    rows = [
+        (model, *(f"{its[part]:.1%}" for part in ("ffn", "activation", "attention", "head", "other")))
+        for model, its in shares.items()
+    ]
     return [
         Section(
             "The feed-forward blocks' share",
-            "Of the model's own run, by ONNX Runtime's profile: no activation can save more than this.",
+            "Of the model's own run on one core, by ONNX Runtime's profile: no activation can save more than the "
+            "blocks take, and none costs less than its own part.",
             charts.ffn_share(shares),
-            Table(("variant", "share of the run"), tuple((name, f"{share:.1%}") for name, share in shares.items())),
+            Table(("variant", "feed-forward", "of it the activation", "attention", "head", "other"), tuple(rows)),
         )
     ]
 
@@ -263,7 +295,7 @@ def markdown(run: Run, result: Mapping[str, Any], parts: Sequence[Section]) -> s
     lines += [f"- **{outcome}** {_md(sentence)}" for outcome, sentence in words.sentences(result)]
     lines += ["", _md(words.aa(result)), ""]
     for part in parts:
-        lines += [f"## {part.title}", ""]
+        lines += [f"## {_md(part.title)}", ""]
         lines += [_md(part.said), ""] if part.said else []
         lines += [*_md_table(part.table), ""] if part.table else []
     facts = about(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 
 from actuary import BadInput
 from loadtest import report as load_report
-from loadtest.compare import against, report, store
+from loadtest.compare import against, cli, lent, report, store, verdict
 from loadtest.plan import Plan
 from loadtest.samples import in_window, read_samples
 from loadtest.shared import check_json, write
@@ -22,8 +23,16 @@ RESULT, SAMPLES = "result.json", "samples.csv"
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--against", "old", metavar="OLD", type=click.Path(path_type=Path), help="An older run of compare.")
 @click.option("--other-bundles", is_flag=True, help="With --against: the same names hold other bundles, on purpose.")
+@click.option(
+    "--quality-from",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Trained bundles, whose bits per byte stand for variants of the same activation with random weights.",
+)
 @click.option("--json", "json_file", metavar="FILE", help="Write the verdict here too; - is standard output.")
-def report_(folder: Path, old: Path | None, other_bundles: bool, json_file: str | None) -> None:
+def report_(
+    folder: Path, old: Path | None, other_bundles: bool, quality_from: Path | None, json_file: str | None
+) -> None:
     """Draw a stored run again: report.html, which opens without a network, and report.md.
 
     RUN is a folder of `actuary compare` or of `actuary load`. With --against, two comparisons are set against each
@@ -35,10 +44,15 @@ def report_(folder: Path, old: Path | None, other_bundles: bool, json_file: str 
       actuary report artifacts/compare/new --against artifacts/compare/old --json -
     """
     check_json(json_file)
+    if folder.is_dir() and not os.access(folder, os.W_OK):
+        raise BadInput(f"{folder} is not yours to write a report into; copy the run to a folder of yours")
     if (folder / store.RUN).is_file():
-        written, document = _comparison(folder, old, other_bundles)
-    elif old:
-        raise BadInput(f"--against compares runs of `actuary compare`; {folder} holds none: there is no {store.RUN}")
+        written, document = _comparison(folder, old, other_bundles, quality_from)
+        for arm in document["arms"]:
+            click.echo(arm["sentence"], err=json_file == "-")
+    elif old or quality_from:
+        option = "--against" if old else "--quality-from"
+        raise BadInput(f"{option} is for runs of `actuary compare`; {folder} holds none: there is no {store.RUN}")
     else:
         written, document = _load(folder)
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -50,9 +64,16 @@ def report_(folder: Path, old: Path | None, other_bundles: bool, json_file: str 
         click.echo(str(path), err=True)
 
 
-def _comparison(folder: Path, old: Path | None, other_bundles: bool) -> tuple[list[Path], dict[str, Any]]:
+def _comparison(
+    folder: Path, old: Path | None, other_bundles: bool, quality_from: Path | None
+) -> tuple[list[Path], dict[str, Any]]:
     run = store.read(folder)
-    result = result_of(folder, run)
+    result = _result_of(folder, run)
+    if quality_from:
+        note = lent.lend_quality(run.run, quality_from)
+        design = run.run["design"]
+        judged = verdict.judge(run.run, run.blocks, margin=design["equivalence"], seed=design["seed"])
+        result = {**result, **judged, "said": [*result["said"], note]}
     if old is None:
         return report.write_files(folder, run, result), result
     if old.resolve() == folder.resolve():
@@ -60,11 +81,11 @@ def _comparison(folder: Path, old: Path | None, other_bundles: bool) -> tuple[li
     found = against.compare(
         run, store.read(old), margin=result["margin"], alpha=result["alpha"], other_bundles=other_bundles
     )
-    found["old"] = str(old)
+    found["old"] = old.resolve().name
     return report.write_files(folder, run, result, found), {**result, "against": found}
 
 
-def result_of(folder: Path, run: store.Run) -> dict[str, Any]:
+def _result_of(folder: Path, run: store.Run) -> dict[str, Any]:
     """The verdict that the run ended with; of one that was cut short, what can be said of its rounds."""
     if not run.rounds:
         raise BadInput(f"{folder} holds no finished round; go on with it by `actuary compare --resume {folder}`")
@@ -76,13 +97,8 @@ def result_of(folder: Path, run: store.Run) -> dict[str, Any]:
         pass
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise BadInput(f"{folder / RESULT} cannot be read: {error!r}; delete it, and it is judged anew") from error
-    from loadtest.compare import verdict
-
-    design = run.run["design"]
-    judged: dict[str, Any] = verdict.judge(run.run, run.blocks, margin=design["equivalence"], seed=design["seed"])
-    cut_short = f"cut short: {len(run.rounds)} rounds of at most {design['rounds']} are in this verdict"
-    said = [sentence for each in run.rounds for sentence in each["said"]]
-    return {"schema": store.SCHEMA, "kind": store.KIND, **judged, "said": [cut_short, *said]}
+    cut_short = f"cut short: {len(run.rounds)} rounds of at most {run.run['design']['rounds']} are in this verdict"
+    return cli.result_of(folder, "killed", [cut_short])
 
 
 def _load(folder: Path) -> tuple[list[Path], dict[str, Any]]:

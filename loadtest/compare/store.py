@@ -135,7 +135,17 @@ def write_round(folder: Path, number: int, samples: pl.DataFrame, facts: dict[st
 
 def add_warmup(folder: Path, visits: dict[str, Any]) -> None:
     with (folder / WARMUP).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(visits, ensure_ascii=False) + "\n")
+        file.write("\n" + json.dumps(visits, ensure_ascii=False))  # what a kill has torn ends at the new line
+
+
+def _warmups(folder: Path) -> list[dict[str, Any]]:
+    if not (folder / WARMUP).is_file():
+        return []
+    found = []
+    for line in (folder / WARMUP).read_text(encoding="utf-8").split("\n"):
+        with contextlib.suppress(json.JSONDecodeError):  # empty, or torn
+            found.append(json.loads(line))
+    return found
 
 
 def read(folder: Path) -> Run:
@@ -149,10 +159,9 @@ def read(folder: Path) -> Run:
         paths = [path.with_suffix(".parquet") for path in found]
         samples = pl.scan_parquet(paths, schema=SAMPLES) if paths else pl.LazyFrame(schema=SAMPLES)
         blocks = blocks_of(samples, [block for each in rounds for block in each["blocks"]])
-        lines = (folder / WARMUP).read_text(encoding="utf-8").splitlines() if (folder / WARMUP).is_file() else []
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
         raise BadInput(f"a round in {folder / ROUNDS} cannot be read: {error}; restore it, or measure again") from error
-    return Run(run, blocks, samples, rounds, [json.loads(line) for line in lines])
+    return Run(run, blocks, samples, rounds, _warmups(folder))
 
 
 def blocks_of(samples: pl.DataFrame | pl.LazyFrame, block_facts: Sequence[dict[str, Any]]) -> pl.DataFrame:

@@ -17,6 +17,7 @@ from loadtest.compare.design import AGAIN
 from loadtest.compare.statistics import LEAST_ROUNDS, whole_rounds
 from loadtest.page import ms
 
+NAMED = 8  # variants that a headline names
 DIGEST = 12  # hex digits shown of a sha256; 48 bits tell the bundles of one project apart
 # The measures of the table, how each is headed and what it is counted in. Left out where it was not measured.
 SHOWN = {
@@ -64,7 +65,9 @@ def load_of(run: Mapping[str, Any]) -> str:
 
 
 def headline(result: Mapping[str, Any]) -> str:
-    return f"{', '.join(arm['model'] for arm in result['arms'])} against {result['baseline']}"
+    models = [arm["model"] for arm in result["arms"]]
+    whom = ", ".join(models) if len(models) <= NAMED else f"{len(models)} variants"
+    return f"{whom} against {result['baseline']}"
 
 
 def lead(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:

@@ -9,7 +9,8 @@ computes the last token alone, and the cost of an activation is all but gone fro
 default: the first tokens of each prompt are drawn anew each time it is sent, and no prefix of it is known. What is
 sent keeps its length, and a server's cache works as it does for all traffic that does not repeat itself; turning it
 off (`--cache-mb 0`) would measure something else, generation that computes its whole text again for each token.
-`warm` sends the prompts as they are, once to each arm before anything is measured.
+`warm` sends the prompts as they are, once to each arm before anything is measured; of two that are the same and in
+flight together the service then computes one.
 
 `prompts.py` makes workloads from files.
 """

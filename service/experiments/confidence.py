@@ -25,7 +25,7 @@ ALPHA = 0.05
 # Fewer keys of an arm are not judged: below it an estimate of the variance is no variance yet. tests/test_experiments_
 # statistics.py watches skewed latencies from here on at each key, and sees fewer false alarms than ALPHA.
 LEAST_KEYS = 50
-# Where the interval is tightest. Its width is within 10 % of the least from a fifth to ten times as many.
+# Where the interval is tightest. From 400 keys to 50,000 it is at most 11 % wider than one made for them.
 TIGHT_AT = 2_000
 SHARE_ALPHA = 0.01  # a wrong split voids everything, so it is said of 1 experiment in 100 that has none
 SHARE_PRIOR = 100.0  # keys' worth of belief in the planned shares
@@ -76,7 +76,12 @@ def difference(arm: Sums, baseline: Sums, alpha: float) -> Interval | None:
     """The arm's mean minus the baseline's; None while either has too few keys."""
     if min(arm.keys, baseline.keys) < LEAST_KEYS:
         return None
-    return _around(arm.mean - baseline.mean, arm.variance + baseline.variance, arm.keys + baseline.keys, alpha)
+    # Few keys of a long tail hold none of it: they then have a low mean and a low variance together, and look sure. So
+    # an arm's keys are taken to vary as much as the other's: of skewed ones, a tenth in one arm, it took false alarms
+    # from 8 % to under 1.
+    of_a_key = max(arm.variance * arm.keys, baseline.variance * baseline.keys)
+    variance = of_a_key * (1 / arm.keys + 1 / baseline.keys)
+    return _around(arm.mean - baseline.mean, variance, arm.keys + baseline.keys, alpha)
 
 
 def mean(sums: Sums, alpha: float) -> Interval | None:

@@ -50,12 +50,12 @@ class Exposure(Generic[A]):
         self.running = running
         self.variant = variant
         self.key_hash = key_hash
-        model = [variant] if isinstance(asked, NextTokenRequest) else variant
-        self.asked: A = asked.model_copy(update={"model": model})
+        completion = asked if isinstance(asked, CompletionRequest) else None
+        self.asked: A = asked.model_copy(update={"model": variant if completion else [variant]})
         self.engine = Watched(engine, self)
-        self.streams: bool = getattr(asked, "stream", False)
-        self.choices: int = getattr(asked, "n", 1)
-        self.generates: bool = getattr(asked, "max_tokens", 0) > 0
+        self.streams = completion is not None and completion.stream
+        self.choices = completion.n if completion else 1
+        self.generates = completion is not None and completion.max_tokens > 0
         self._route = route
         self._arrived = arrived
         self._record: Callable[[Exposure[A], Exposed], None] | None = record

@@ -100,7 +100,10 @@ class Experiments:
     # --- a request
 
     def expose(self, asked: A, request: Request) -> Exposure[A] | None:
-        """Its exposure, where its model is an experiment; None where it is variants. 10 us."""
+        """Its exposure, where its model is an experiment; None where it is variants.
+
+        An exposure costs 20 us in all, 44 at V = 50257, whose rows are kept; naming a variant beside experiments 0.3.
+        """
         running = self._running
         if not running:
             return None
@@ -184,7 +187,27 @@ class Experiments:
 
     def summaries(self) -> list[dict[str, Any]]:
         """What runs, for the list of models."""
-        return [summary(running) for running in self._running.values()]
+        return [self.summary(running) for running in self._running.values()]
+
+    def summary(self, running: Running) -> dict[str, Any]:
+        """An experiment without its figures, and what each of its arms takes."""
+        definition = running.definition
+        arms = [self._library.variants[arm].manifest for arm in definition.arms]
+        return {
+            "id": definition.name,
+            "object": "experiment",
+            "created": int(running.began),
+            "owned_by": "actuary",
+            "baseline": definition.baseline,
+            "arms": definition.shares,
+            "shadows": list(definition.shadows),
+            "context": min(arm.context for arm in arms),
+            "vocab_size": arms[0].vocab_size,
+        }
+
+    def tokenizer_of(self, model: str) -> str:
+        """A variant that has the tokenizer of `model`, which may be an experiment: all of its arms have the same."""
+        return self._running[model].definition.baseline if model in self._running else model
 
     def _verdict(self, running: Running) -> dict[str, Any]:
         from service.experiments.store import Down
@@ -279,20 +302,6 @@ class Experiments:
             self._skipped.add(row.id)
             return None
         return Running(row.id, definition, Assignment(definition), row.began)
-
-
-def summary(running: Running) -> dict[str, Any]:
-    """An experiment without its figures."""
-    definition = running.definition
-    return {
-        "id": definition.name,
-        "object": "experiment",
-        "created": int(running.began),
-        "owned_by": "actuary",
-        "baseline": definition.baseline,
-        "arms": definition.shares,
-        "shadows": list(definition.shadows),
-    }
 
 
 def _as_api_error(error: Exception) -> Exception:

@@ -23,7 +23,7 @@ EVERY_S = 0.5  # a batch costs 4 ms and 35 us a record of the interpreter's time
 AT_ONCE = 500  # records of a transaction: 17 ms in SQLite
 MOST_WAITING = 1 << 16  # 20 MB; ten minutes at 100 requests a second
 RETRY_S = 5.0  # the longest pause between two attempts
-DRAIN_S = 2 * BUSY_S  # at the end: one attempt on a locked database may take half of it
+DRAIN_S = float(BUSY_S)  # at the end, and as long again where an attempt has just begun
 
 
 class Recorder:
@@ -65,7 +65,7 @@ class Recorder:
         """Write what waits, and end."""
         self._ends = monotonic() + DRAIN_S
         self._wanted.set()
-        self._thread.join(2 * DRAIN_S)
+        self._thread.join(3 * DRAIN_S)
         if waiting := self._added - self._settled:
             self._counters.lost(waiting)
             log.error("%d experiment records are lost: %s", waiting, self._down or "the database is too slow")

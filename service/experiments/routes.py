@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.errors import ApiError, Invalid
 from service.experiments.definition import EQUIVALENCE, loads
-from service.experiments.live import Experiments, summary
+from service.experiments.live import Experiments
 from service.schema import OutcomeRequest
 
 router = APIRouter(prefix="/v1/experiments", tags=["experiments"])
@@ -61,14 +61,16 @@ async def get_experiment(name: str, request: Request) -> Response:
 @router.put("/{name}", openapi_extra=_BODY)
 async def put_experiment(name: str, request: Request) -> Response:
     """Begin an experiment: 201. As it runs already: 200. Where it runs otherwise, it begins from nothing: 201."""
-    running, new = await asyncio.to_thread(_experiments(request).begin, name, await _fields(request))
-    return _json(summary(running), 201 if new else 200)
+    experiments = _experiments(request)
+    running, new = await asyncio.to_thread(experiments.begin, name, await _fields(request))
+    return _json(experiments.summary(running), 201 if new else 200)
 
 
 @router.delete("/{name}")
 async def delete_experiment(name: str, request: Request) -> Response:
     """End an experiment. Its records stay in the database; one that is begun later by that name has its own."""
-    return _json({**summary(await asyncio.to_thread(_experiments(request).end, name)), "deleted": True})
+    experiments = _experiments(request)
+    return _json({**experiments.summary(await asyncio.to_thread(experiments.end, name)), "deleted": True})
 
 
 @router.post("/{name}/outcomes")
