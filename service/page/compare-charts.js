@@ -164,15 +164,15 @@ export async function rounds(element, { rounds: count, arms, p50_ms: p50, void: 
       ...axis(), zeroline: false, range: [1 - count / 50, count * 1.02], dtick: count < 10 ? 1 : undefined,
       unifiedhovertitle: { text: "round %{x}" },
     },
-    yaxis: { ...axis(), ...logarithmic(traces.flatMap(({ y }) => y.filter((ms) => ms > 0))), zeroline: false, automargin: true },
+    yaxis: { ...axis(), ...latencies(traces.flatMap(({ y }) => y.filter((ms) => ms > 0))), zeroline: false, automargin: true },
   }, config());
 }
 
-/** An axis on which one stall does not flatten all else, its ticks named in full. */
-function logarithmic(values) {
-  if (!values.length) return {};
+/** An axis on which one stall does not flatten all else, its ticks named in full; an ordinary one where there is none. */
+function latencies(values) {
   const low = Math.min(...values) * 0.9, high = Math.max(...values) * 1.1;
-  const digits = high > 12 * low ? [1, 2, 5] : [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8];
+  if (!(high > 3 * low)) return {};
+  const digits = high > 12 * low ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 8];
   const decades = Array.from({ length: 12 }, (_, i) => 10 ** (i - 4));
   const ticks = decades.flatMap((decade) => digits.map((digit) => Number((digit * decade).toPrecision(2))))
     .filter((tick) => tick >= low && tick <= high);

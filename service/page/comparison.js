@@ -107,7 +107,7 @@ function unfit({ fit, aa, baseline, rounds, void_rounds }) {
 }
 
 const check = ({ fit, aa, baseline }) => (fit
-  ? `${baseline} against itself, the machine’s own check: ${interval(aa)} p50, no difference that matters, so the machine was fit.` : "");
+  ? `${baseline} against itself, the machine’s own check: ${interval(aa)} p50; nothing speaks against the machine.` : "");
 
 /** How far it is. */
 function follow({ progress }) {
