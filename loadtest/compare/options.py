@@ -20,8 +20,8 @@ BUNDLES, OPS = Path("artifacts/bundles"), Path("artifacts/ops")
 USERS = 4
 USERS_OF_TRAFFIC = 64
 LEAST_PLANNED = 5  # in a block: of Poisson arrivals one block in 150 has then none
-# What --resume does not take from the run: where its result goes.
-FREE = ("resume", "json_file")
+# What --resume does not take from the run: where its result goes, and whose child this is.
+FREE = ("resume", "json_file", "with_parent")
 
 _PATH = click.Path(path_type=Path)
 _SHARE = Finite(min=0, max=1, min_open=True, max_open=True)
@@ -78,6 +78,8 @@ _OPTIONS = (
     _option("--master", metavar="HOST:PORT", help="Wait here for --workers from other machines."),
     _option("--json", "json_file", metavar="FILE", help="Write the result here too; - is standard output."),
     _option("--out", type=_PATH, help="Folder.  [default: artifacts/compare/<time>]"),
+    # For who starts this as a child, like the service: stop by SIGTERM when that process ends, however it does.
+    _option("--with-parent", is_flag=True, hidden=True),
     _option("--resume", metavar="DIR", type=_PATH, help="Go on with a run that was stopped or killed."),
 )
 
