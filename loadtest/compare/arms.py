@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 from actuary import ActuaryError, BadInput
-from loadtest.compare.workloads import Workload
+from loadtest.compare.workloads import Bodies, Workload
 
 TIMEOUT_S = 60.0
 WARM_AT_ONCE = 32  # prompts of a request
+TRIES = 5  # of which the middle one is believed: the first is a cold one
 
 
 class Arms:
@@ -50,18 +54,36 @@ class Arms:
                 except BadInput as error:
                     raise ActuaryError(f"while warming {model!r}: {error}") from error
 
+    def answer_s(self, workload: Workload) -> float:
+        """About how long an answer of the slowest variant takes, to a client that is alone."""
+        bodies = Bodies(workload, list(self.contexts))
+        slowest_s = 0.0
+        for model in self.contexts:
+            times = []
+            for number in range(TRIES):
+                path, body = bodies.of(model, number % len(workload.requests))
+                began = time.perf_counter()
+                self._post(path, body)
+                times.append(time.perf_counter() - began)
+            slowest_s = max(slowest_s, median(times))
+        return slowest_s
+
     def _ask(self, path: str, body: object) -> Any:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # as Locust's client: no proxy
-        request = urllib.request.Request(
-            self._url + path, json.dumps(body).encode(), {"content-type": "application/json"}
-        )
         try:
-            with opener.open(request, timeout=TIMEOUT_S) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:300]
-            raise BadInput(f"{self._url}{path} answered {error.code}: {said}") from error
-        except (OSError, ValueError) as error:
+            return json.loads(self._post(path, json.dumps(body)))
+        except ValueError as error:
             raise BadInput(
                 f"{self._url}{path} did not answer JSON ({error}); is it Actuary that runs there?"
             ) from error
+
+    def _post(self, path: str, body: str) -> bytes:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # as Locust's client: no proxy
+        request = urllib.request.Request(self._url + path, body.encode(), {"content-type": "application/json"})
+        try:
+            with opener.open(request, timeout=TIMEOUT_S) as response:
+                return bytes(response.read())
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:300]
+            raise BadInput(f"{self._url}{path} answered {error.code}: {said}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise BadInput(f"{self._url}{path} did not answer ({error}); is it Actuary that runs there?") from error

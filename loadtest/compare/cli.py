@@ -23,7 +23,7 @@ from loadtest.compare import ffn, store, sweep
 from loadtest.compare.arms import Arms
 from loadtest.compare.design import AGAIN, Design
 from loadtest.compare.driver import Comparison, Settled, measure, over, stopping
-from loadtest.compare.options import arguments_of, folder_to_resume, options, place_of, repeat
+from loadtest.compare.options import arguments_of, block_of, folder_to_resume, options, place_of, repeat
 from loadtest.compare.progress import Written
 from loadtest.compare.prompts import Lengths, Source, built_in, cut_corpus, make_workload, read_prompts, read_traffic
 from loadtest.compare.server import OwnServer, die_with_parent
@@ -123,7 +123,7 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
             models = _models(arguments, list(served))
             arms = Arms(url, {model: served[model] for model in models})
             workload = _workload(source, arms, arguments)
-            design = _design(arguments, models, workload)
+            design = _design(arguments, models, workload, arms)
             run = _run(arguments, design, workload, served, url, own is not None)
             workload.write(folder / store.WORKLOAD)
             store.create(folder, run)
@@ -218,12 +218,18 @@ def _models(arguments: dict[str, Any], served: list[str]) -> tuple[str, ...]:
     return (baseline, *(model for model in models if model != baseline))
 
 
-def _design(arguments: dict[str, Any], models: tuple[str, ...], workload: Workload) -> Design:
+def _design(arguments: dict[str, Any], models: tuple[str, ...], workload: Workload, arms: Arms) -> Design:
+    known = arguments["block"] and arguments["settle"] is not None
+    if workload.traffic:
+        gap_s = workload.period_s / len(workload.requests)
+    else:
+        gap_s = 1 / arguments["rate"] if arguments["rate"] else 0.0
+    block_s, settle_s = block_of(arguments, 0.0 if known else arms.answer_s(workload), gap_s)
     return Design(
         models,
         arguments["minutes"],
-        arguments["block"],
-        arguments["settle"],
+        block_s,
+        settle_s,
         arguments["users"],
         arguments["rate"],
         "recorded" if workload.traffic else arguments["arrivals"],
@@ -253,7 +259,13 @@ def _run(
         "machine": machine(),
         "versions": versions,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": repeat({**arguments, "variants": ",".join(design.models), "baseline": design.baseline}),
+        "command": repeat(
+            {
+                **arguments,
+                **{"variants": ",".join(design.models), "baseline": design.baseline},
+                **{"block": design.block_s, "settle": design.settle_s},
+            }
+        ),
         "url": url,
         "own_server": own,
         "workload": workload.facts(),

@@ -19,6 +19,8 @@ from loadtest.shared import POSITIVE, Finite, free_users
 BUNDLES, OPS = Path("artifacts/bundles"), Path("artifacts/ops")
 USERS = 4
 USERS_OF_TRAFFIC = 64
+BLOCK_S, SETTLE_S = 0.15, 0.05  # at least; statistics.py says what longer ones cost
+ANSWERS = 10  # in a block at least: where one takes longer than the block, some blocks have none, and do not count
 LEAST_PLANNED = 5  # in a block: of Poisson arrivals one block in 150 has then none
 # What --resume does not take from the run: where its result goes, and whose child this is.
 FREE = ("resume", "json_file", "with_parent")
@@ -60,8 +62,16 @@ _OPTIONS = (
     ),
     _option("--texts", is_flag=True, help="Send texts, not token ids."),
     _option("--top-k", type=click.IntRange(0), default=10, help="Tokens asked for."),
-    _option("--block", type=POSITIVE, default=1.0, help="Seconds of one measured block."),
-    _option("--settle", type=Finite(min=0), default=0.2, help="Seconds before it, discarded."),
+    _option(
+        "--block",
+        type=POSITIVE,
+        help=f"Seconds of one measured block.  [default: {BLOCK_S}, or as long as {ANSWERS} answers take]",
+    ),
+    _option(
+        "--settle",
+        type=Finite(min=0),
+        help=f"Seconds before it, discarded.  [default: {SETTLE_S}, or as long as 2 answers take]",
+    ),
     _option(
         "--sweep", type=POSITIVE, metavar="MINUTES", help="Then so many more at rising rates: where each one's knee is."
     ),
@@ -121,7 +131,7 @@ def arguments_of(given: dict[str, Any]) -> dict[str, Any]:
         asked["users"] = free_users(asked["rate"]) if asked["rate"] else USERS_OF_TRAFFIC if asked["traffic"] else USERS
     if asked["workers"] > asked["users"]:
         raise BadInput(f"--workers {asked['workers']} have {asked['users']} users between them; give each one, or more")
-    if asked["rate"] and asked["rate"] * asked["block"] < LEAST_PLANNED:
+    if asked["rate"] and asked["block"] and asked["rate"] * asked["block"] < LEAST_PLANNED:
         raise BadInput(
             f"--rate {asked['rate']:g} plans fewer than {LEAST_PLANNED} requests in a --block of {asked['block']:g} s, "
             "which have no median to speak of; raise one of the two"
@@ -138,6 +148,16 @@ def arguments_of(given: dict[str, Any]) -> dict[str, Any]:
     if asked["master"]:
         place_of(asked)
     return asked
+
+
+def block_of(asked: dict[str, Any], answer_s: float, gap_s: float) -> tuple[float, float]:
+    """Seconds of a block, and of settling before it.
+
+    `answer_s` is how long an answer takes, `gap_s` the time between two planned arrivals, 0 in a closed loop.
+    """
+    block_s = asked["block"] or max(BLOCK_S, round(ANSWERS * max(answer_s, gap_s), 2))
+    settle_s = max(SETTLE_S, round(2 * answer_s, 2)) if asked["settle"] is None else asked["settle"]
+    return block_s, settle_s
 
 
 def place_of(asked: dict[str, Any]) -> Place:
