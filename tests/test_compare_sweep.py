@@ -218,6 +218,12 @@ def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Desi
     design = Design.of_json(store.run_of(folder)["design"])
     monkeypatch.setattr(sweeping, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
+    def thinking(*arguments: Any) -> dict[str, float | None]:
+        clock[0] += 1.0  # between two steps, and of neither
+        return next_rates(*arguments)
+
+    monkeypatch.setattr(sweeping, "next_rates", thinking)
+
     def run(steps: int, objective_ms: float | None, late_ms: Callable[[Visit], float] = lambda _: 0.0) -> Design:
         monkeypatch.setattr(sweeping, "Generator", lambda *_: _Queues(clock, late_ms))
         workload, place = Workload("", (Request("x"),), 10), Place()
