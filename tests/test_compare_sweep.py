@@ -1,16 +1,30 @@
-"""The knee and the goodput of simulated queues, whose knees are known, and how the sweep comes to its rates."""
+"""The knee and the goodput of simulated queues, whose knees are known, and how the sweep comes to its rates.
+
+Nothing here waits: the sweep's clock is the queues' own, so that no busy machine moves a figure.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from compare_runs import TRUTH, write_run
+from kept_comparisons import Silent
 
-from loadtest.compare.design import Design
+import loadtest.compare.sweep as sweeping
+from loadtest.compare import store
+from loadtest.compare.design import Design, Visit
+from loadtest.compare.driver import Comparison
+from loadtest.compare.generator import Place, Seen
 from loadtest.compare.knee import Block, best_goodput, bound_of, knees, sweep
 from loadtest.compare.sweep import AROUND, FIRST_PASS, next_rates
+from loadtest.compare.wire import ROW
+from loadtest.compare.workloads import Request, Workload
 
 
 def _queue(arm: str, rate: float, mean_ms: float, order: np.random.Generator, window_s: float, poisson: bool) -> Block:
@@ -39,14 +53,15 @@ RATES = [*map(float, range(25, 125, 5))]
 
 def test_the_knee_of_a_queue_is_where_theory_has_it() -> None:
     """M/M/1: the time in the system is exponential with rate mu - lambda, so p99 = ln(100) / (mu - lambda)."""
-    blocks, bound_ms = _blocks("a", RATES, 10, window_s=60, poisson=True), 100.0
+    rates = RATES[:11]  # to 75/s; beyond, both are far over the bound
+    blocks, bound_ms = _blocks("a", rates, 10, window_s=60, poisson=True), 100.0
     expected = 100 - math.log(100) / 0.1  # 53.9/s
     knee = knees(blocks, bound_ms, seed=0)["a"]
     assert knee["rate"] == pytest.approx(expected, rel=0.06)
     assert knee["low"] <= knee["rate"] <= knee["high"]
     assert knee["high"] - knee["low"] < 0.25 * expected
     # A server a fifth slower has its knee where its own theory has it, and the intervals part.
-    slower = knees([*blocks, *_blocks("b", RATES, 12, window_s=60, poisson=True)], bound_ms, seed=0)["b"]
+    slower = knees([*blocks, *_blocks("b", rates, 12, window_s=60, poisson=True)], bound_ms, seed=0)["b"]
     assert slower["rate"] == pytest.approx(1000 / 12 - math.log(100) / 0.1, rel=0.15)
     assert slower["high"] < knee["low"]
 
@@ -149,3 +164,135 @@ def test_a_sweep_finds_a_knee_that_the_closed_loop_missed(wrong: float) -> None:
     found = knees(blocks, 50, seed=0)
     assert found["a"]["rate"] == pytest.approx(101, rel=0.04)
     assert found["b"]["rate"] == pytest.approx(81, rel=0.04)
+
+
+# --- a sweep in a run's folder ----------------------------------------------------------------------------------------
+
+MEAN_MS = {"gelu": 10.0, "relu": 12.5}
+STEP_S = 3 * (sweeping.SETTLE_S + sweeping.BLOCK_S)  # a visit of each of three arms
+
+
+class _Queues:
+    """Stands for Locust: one server, first come first served, that takes a model's `MEAN_MS` for each answer."""
+
+    def __init__(self, clock: list[float], late_ms: Callable[[Visit], float]) -> None:
+        self.clock, self.late_ms = clock, late_ms
+
+    def __enter__(self) -> _Queues:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def visit(self, visit: Visit, on: Callable[[str, float], None]) -> Seen:
+        taken_s = MEAN_MS[visit.model] / 1000
+        if visit.rate is None:  # all users wait but the one that is answered
+            planned = np.arange(0, visit.load_s, taken_s)
+            latencies_ms = np.full(len(planned), visit.users * taken_s * 1000)
+            late_ms = 0.0
+        else:
+            planned, late_ms = np.arange(0, visit.load_s, 1 / visit.rate), self.late_ms(visit)
+            free_s, left_s = 0.0, []
+            for at_s in planned:
+                free_s = max(free_s, at_s) + taken_s
+                left_s.append(free_s)
+            latencies_ms = (np.array(left_s) - planned) * 1000
+        self.clock[0] += visit.load_s
+        nothing = dict.fromkeys(ROW, math.nan)
+        rows = [
+            nothing
+            | {"worker": "w0", "prompt": 0, "planned_s": at_s, "at_s": at_s + late_ms / 1000, "latency_ms": latency_ms}
+            | {"late_ms": late_ms, "starved": 0, "tokens": 0, "settling": at_s < visit.settle_s, "failure": ""}
+            for at_s, latency_ms in zip(planned.tolist(), latencies_ms.tolist(), strict=True)
+        ]
+        return Seen(rows, 0.1)
+
+
+@pytest.fixture
+def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Design]:
+    """Sweeps, in the folder of a run that is complete, for so many steps."""
+    folder, clock = (
+        write_run(tmp_path / "run", truth={model: TRUTH[model] for model in MEAN_MS}, void=(), rounds=3),
+        [0.0],
+    )
+    design = Design.of_json(store.run_of(folder)["design"])
+    monkeypatch.setattr(sweeping, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def thinking(*arguments: Any) -> dict[str, float | None]:
+        clock[0] += 1.0  # between two steps, and of neither
+        return next_rates(*arguments)
+
+    monkeypatch.setattr(sweeping, "next_rates", thinking)
+
+    def run(steps: int, objective_ms: float | None, late_ms: Callable[[Visit], float] = lambda _: 0.0) -> Design:
+        monkeypatch.setattr(sweeping, "Generator", lambda *_: _Queues(clock, late_ms))
+        workload, place = Workload("", (Request("x"),), 10), Place()
+        comparison = Comparison(design, workload, folder, "", None, None, lambda _: None, place, Silent())
+        assert sweeping.measure(comparison, steps * STEP_S / 60, objective_ms) == ""
+        return design
+
+    return run
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted((folder / sweeping.FOLDER / store.ROUNDS).glob("*.json"))
+
+
+@pytest.mark.parametrize("objective_ms", [60.0, None])
+def test_a_sweep_finds_what_a_server_carries(
+    objective_ms: float | None, swept: Callable[..., Design], tmp_path: Path
+) -> None:
+    design = swept(1 + len(FIRST_PASS) + 2 * len(AROUND), objective_ms)
+    assert len(_steps(tmp_path / "run")) == 1 + len(FIRST_PASS) + 2 * len(AROUND)
+    result = sweeping.result(tmp_path / "run", design, objective_ms)
+    assert result["objective_given"] == (objective_ms is not None)
+    assert result["objective_ms"] == pytest.approx(objective_ms or 50, rel=1e-3)
+    for arm in design.arms:
+        capacity = 1000 / MEAN_MS[design.model_of(arm)]
+        rows = [row for row in result["sweep"] if row["arm"] == arm]
+        assert len(rows) >= len(FIRST_PASS)
+        assert all(row["kept_plan"] for row in rows)
+        assert capacity * 0.97 <= result["knee"][arm]["rate"] <= capacity * 1.05
+        assert capacity * 0.9 <= result["goodput"][arm]["per_s"] <= capacity * 1.05
+    assert sweeping.said(tmp_path / "run", design) == []
+
+
+def test_a_sweep_goes_on_where_it_was_killed(swept: Callable[..., Design], tmp_path: Path) -> None:
+    """A step that is not whole is taken again as it was, and only what is missing is measured."""
+    steps = 3 + len(FIRST_PASS)
+    design = swept(steps, 60)
+    whole = {path: path.read_bytes() for path in (tmp_path / "run" / sweeping.FOLDER / store.ROUNDS).iterdir()}
+    *kept, torn, lost = _steps(tmp_path / "run")
+    for path in (lost, lost.with_suffix(".parquet"), torn):
+        path.unlink()
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    swept(steps, 60)
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    again = {path: path.read_bytes() for path in (tmp_path / "run" / sweeping.FOLDER / store.ROUNDS).iterdir()}
+    assert {path: data for path, data in again.items() if path.suffix == ".json"} == {
+        path: data for path, data in whole.items() if path.suffix == ".json"
+    }
+    assert {*again} == {*whole}
+    swept(steps, 60)
+    assert len(_steps(tmp_path / "run")) == steps
+    assert sweeping.missing_s(tmp_path / "run", steps * STEP_S / 60) == 0
+    assert sweeping.result(tmp_path / "run", design, 60)["knee"]["gelu"]["rate"] > 90
+
+
+def test_a_client_too_slow_for_the_baseline_leaves_no_result_and_says_so(
+    swept: Callable[..., Design], tmp_path: Path
+) -> None:
+    """Nobody gave an objective, so that the bound, and every arm's next rates, are the baseline's to say."""
+    steps = 2 + len(FIRST_PASS) + len(AROUND)
+    design = swept(steps, None, lambda visit: 60.0 if visit.model == "gelu" else 0.0)
+    assert len(_steps(tmp_path / "run")) == steps
+    assert sweeping.result(tmp_path / "run", design, None) == {}
+    slow, nothing = sweeping.said(tmp_path / "run", design)
+    assert slow.startswith(f"{2 * (steps - 1)} of {3 * (steps - 1)} blocks of the sweep of rates do not count: client")
+    assert "no block of gelu counts" in nothing
+    # One that counts is enough.
+    swept(steps + 1, None)
+    assert [
+        row["blocks"] for row in sweeping.result(tmp_path / "run", design, None)["sweep"] if row["arm"] == "gelu"
+    ] == [1]
+    assert len(sweeping.said(tmp_path / "run", design)) == 1

@@ -308,7 +308,7 @@ def result_of(folder: Path, ended: str, said: list[str]) -> dict[str, Any]:
         "kind": store.KIND,
         **judged,
         "ended": ended,
-        "said": [*_said(kept), *said, *ffn.said(folder)],
+        "said": [*_said(kept), *said, *sweep.said(folder, design), *ffn.said(folder)],
         "cold": kept.warmup,
         **sweep.result(folder, design, kept.run["arguments"].get("objective_ms")),
         **ffn.result(folder),

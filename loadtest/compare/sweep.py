@@ -76,9 +76,8 @@ def _measure(comparison: Comparison, folder: Path, minutes: float, objective_ms:
         comparison.look,
     ) as locust:
         comparison.warm(comparison.url)
-        began = time.monotonic()
-        left_s = missing_s(comparison.folder, minutes)
-        while time.monotonic() - began < left_s:
+        # By the steps' own time, as a resumed run counts it: what is between them would be missing for ever.
+        while sum(step["took_s"] for step in steps) < 60 * minutes:
             rates = next_rates(steps, lambda: _blocks(folder), design, objective_ms)
             order = random.Random(f"{design.seed}/sweep/{len(steps)}").sample(design.arms, len(design.arms))
             steps.append(_step(comparison, locust, design, folder, len(steps), {arm: rates[arm] for arm in order}))
@@ -107,8 +106,12 @@ def next_rates(
         begun = {each["arm"]: each["rate"] for each in steps[-at]["blocks"]}
         return {arm: _round(begun[arm] / AROUND[0] * AROUND[at]) for arm in design.arms}
     known = blocks()
-    bound_ms = objective_ms or bound_of(known, design.baseline)
-    return {arm: _round(AROUND[0] * _near_knee(known, arm, bound_ms, carried[arm])) for arm in design.arms}
+    bound_ms = objective_ms
+    if bound_ms is None and any(block.arm == design.baseline for block in known):
+        bound_ms = bound_of(known, design.baseline)
+    # Where the client was too slow in all of the baseline's blocks there is no bound yet, and so no knee to go around.
+    knee = {arm: _near_knee(known, arm, bound_ms, carried[arm]) if bound_ms else carried[arm] for arm in design.arms}
+    return {arm: _round(AROUND[0] * knee[arm]) for arm in design.arms}
 
 
 def _near_knee(blocks: Sequence[Block], arm: str, bound_ms: float, carried_per_s: float) -> float:
@@ -185,13 +188,34 @@ def _blocks_of(folder: Path, steps: Sequence[dict[str, Any]]) -> Iterator[Block]
     for step in steps:
         samples = pl.read_parquet(folder / store.ROUNDS / f"{step['round']:05d}.parquet").filter(~pl.col("settling"))
         for each in step["blocks"]:
-            if each["rate"] is None or each["void"].startswith("client"):
+            if each["rate"] is None or _slow_client(each):
                 continue
             its = samples.filter(pl.col("position") == each["position"])
             well = its.filter(pl.col("failure") == "")
             latencies = (well["latency_ms"] + well["late_ms"]).to_numpy().astype(np.float64)
             starved = int(its["starved"].sum())
             yield Block(each["arm"], each["rate"], each["window_s"], latencies, len(its), starved)
+
+
+def _slow_client(block: dict[str, Any]) -> bool:
+    """Failures and silence are the server's, and count."""
+    return str(block["void"]).startswith("client")
+
+
+def said(folder: Path, design: Design) -> list[str]:
+    """What a reader must know of the sweep before trusting it: what does not count, and why there may be no result."""
+    steps = _read(folder / FOLDER)
+    driven = [each for step in steps for each in step["blocks"] if each["rate"] is not None]
+    slow = [each for each in driven if _slow_client(each)]
+    sentences = []
+    if slow:
+        sentences.append(f"{len(slow)} of {len(driven)} blocks of the sweep of rates do not count: {slow[0]['void']}")
+    if steps and not any(each["arm"] == design.baseline and not _slow_client(each) for each in driven):
+        sentences.append(
+            f"the sweep of rates says nothing, since no block of {design.baseline} counts; give it more minutes, or a "
+            "quieter machine"
+        )
+    return sentences
 
 
 def result(folder: Path, design: Design, objective_ms: float | None) -> dict[str, Any]:
