@@ -154,7 +154,7 @@ export async function rounds(element, { rounds: count, arms, p50_ms: p50, void: 
     type: "scatter", mode: count < 40 ? "lines+markers" : "lines", name: arm.replace(AGAIN, " (A/A)"),
     x: Array.from({ length: count }, (_, i) => i + 1),
     y: p50[arm].map((value, round) => (none.has(`${round} ${arm}`) ? null : value)),
-    line: { color: css(hue(arm, arms)), width: 1.8, dash: arm.endsWith(AGAIN) ? "dot" : "solid" },
+    line: { color: css(hue(arm, arms)), width: count < 100 ? 1.8 : 1, dash: arm.endsWith(AGAIN) ? "dot" : "solid" },
     marker: { size: 5 }, hovertemplate: "%{y:.2f} ms",
   }));
   element.style.height = "";
