@@ -192,7 +192,8 @@ def _places(points: Sequence[Point], x_range: Sequence[float], y_range: Sequence
         away = "left" if near[0] > spot[0] else "right"  # so that a name is not taken for its neighbour's
         order = sorted(SIDES, key=lambda side: not side.endswith(away))
         sides = {side: _box(side, spot, len(point.model)) for side in order}
-        places.append(min(order, key=lambda side, sides=sides: _covers(sides[side], boxes)))  # the first of the best
+        covered = {side: _covers(box, boxes) for side, box in sides.items()}
+        places.append(min(order, key=covered.__getitem__))  # the first of the best
         boxes.append(sides[places[-1]])
     return places
 

@@ -120,7 +120,7 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
             _check_same(run, served)
         else:
             assert source is not None
-            models = _models(arguments, list(served))
+            models = _models(arguments, served)
             arms = Arms(url, {model: served[model] for model in models})
             workload = _workload(source, arms, arguments)
             design = _design(arguments, models, workload, arms)
@@ -204,7 +204,7 @@ def _warm(url: str, design: Design, served: dict[str, dict[str, object]], worklo
         Arms(url, {model: served[model] for model in design.models}).warm(workload)
 
 
-def _models(arguments: dict[str, Any], served: list[str]) -> tuple[str, ...]:
+def _models(arguments: dict[str, Any], served: dict[str, dict[str, object]]) -> tuple[str, ...]:
     """The baseline first."""
     models = planning.choose_models(arguments["variants"], served)
     if len(models) < 2:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 
 from actuary import BadInput
+from export import bundle
 from service.completions_schema import CompletionRequest
 from service.engine import Engine
 from service.errors import ApiError, Invalid, shown
@@ -203,6 +204,7 @@ class Experiments:
             "shadows": list(definition.shadows),
             "context": min(arm.context for arm in arms),
             "vocab_size": arms[0].vocab_size,
+            "files": {bundle.TOKENIZER: arms[0].files[bundle.TOKENIZER]},  # which all arms share
         }
 
     def tokenizer_of(self, model: str) -> str:
