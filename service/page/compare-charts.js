@@ -1,7 +1,7 @@
 // The pictures of a comparison: differences with their intervals, quality against latency, p50 by round.
 
 import { axis, colour, config, css, plotly, shell } from "./charts.js";
-import { percent } from "./text.js";
+import { milliseconds, percent } from "./text.js";
 
 const AGAIN = ":again";
 // Shapes tell the outcomes apart without their colours.
@@ -29,7 +29,8 @@ export async function forest(element, arms, { baseline, aa, margin }) {
   if (aa?.ratio != null) rows.push(whiskers(check, aa, "--muted", "diamond", "check"));
   const alone = arms.filter(({ infer }) => infer?.ratio != null);
   rows.push({
-    type: "scatter", mode: "markers", x: alone.map(({ infer }) => points(infer.ratio)), y: alone.map(({ model }) => model),
+    type: "scatter", mode: "markers",
+    x: alone.map(({ infer }) => points(infer.ratio)), y: alone.map(({ model }) => model),
     marker: { symbol: "line-ns-open", size: 11, color: css("--muted"), line: { width: 2 } },
     hovertemplate: "%{y}: %{x:+.2f} % in the server’s inference<extra></extra>",
   });
@@ -38,13 +39,13 @@ export async function forest(element, arms, { baseline, aa, margin }) {
   await Plotly.react(element, rows, {
     ...shell(), margin: { l: 8, r: 16, t: 8, b: 36 },
     shapes: [{
-      type: "rect", yref: "paper", y0: 0, y1: 1, x0: points(1 / (1 + margin)), x1: points(1 + margin), line: { width: 0 },
-      fillcolor: css("--track"), layer: "below",
+      type: "rect", yref: "paper", y0: 0, y1: 1, x0: points(1 / (1 + margin)), x1: points(1 + margin),
+      fillcolor: css("--track"), line: { width: 0 }, layer: "below",
     }],
     xaxis: { ...axis(), ticksuffix: " %", zeroline: true, zerolinecolor: css("--faint") },
     yaxis: {
-      ...axis(), type: "category", categoryorder: "array", categoryarray: names.reverse(), automargin: true, showgrid: false,
-      range: [-0.6, names.length - 0.4], tickfont: { color: css("--ink"), size: 13 },
+      ...axis(), type: "category", categoryorder: "array", categoryarray: names.reverse(),
+      range: [-0.6, names.length - 0.4], automargin: true, showgrid: false, tickfont: { color: css("--ink"), size: 13 },
     },
   }, config());
 }
@@ -55,10 +56,13 @@ function whiskers(row, { ratio, low, high }, variable, symbol, said) {
   return {
     type: "scatter", mode: "markers", x: [points(ratio)], y: [row],
     marker: { color: paint, symbol, size: 12, line: { width: 2, color: paint } },
-    error_x: { type: "data", symmetric: false, array: [to(high)], arrayminus: [to(low)], color: paint, thickness: 2.5, width: 5 },
+    error_x: bar(to(low), to(high), paint, 2.5),
     hovertemplate: `%{y}: %{x:+.2f} %, ${said}<extra></extra>`,
   };
 }
+
+const bar = (below, above, color, thickness) =>
+  ({ type: "data", symmetric: false, array: [above], arrayminus: [below], color, thickness, width: 5 });
 
 /** Bits per byte of held-out text against p50, both better when lower; a staircase joins those whom nobody beats. */
 export async function frontier(element, found, models, baseline, ms) {
@@ -69,18 +73,17 @@ export async function frontier(element, found, models, baseline, ms) {
   const ys = room(found.flatMap(({ bits, bitsLow, bitsHigh }) => [bits, bitsLow, bitsHigh]), 0.01);
   const places = sides(found, element, xs, ys);
   const line = {
-    type: "scatter", mode: "lines", x: best.map(({ ratio }) => points(ratio)), y: best.map(({ bits }) => bits), hoverinfo: "skip",
-    line: { shape: "hv", width: 2, dash: "dot", color: css("--faint") },
+    type: "scatter", mode: "lines", x: best.map(({ ratio }) => points(ratio)), y: best.map(({ bits }) => bits),
+    hoverinfo: "skip", line: { shape: "hv", width: 2, dash: "dot", color: css("--faint") },
   };
-  const bar = (middle, low, high, color) =>
-    ({ type: "data", symmetric: false, array: [high - middle], arrayminus: [middle - low], color, thickness: 1.5, width: 4 });
   const dots = found.map(({ model, ratio, low, high, bits, bitsLow, bitsHigh, best }, i) => {
     const paint = css(hue(model, models));
     return {
       type: "scatter", mode: "markers+text", x: [points(ratio)], y: [bits], text: [best ? `<b>${model}</b>` : model],
       textposition: places[i], textfont: { color: paint },
       marker: { size: 12, color: paint, symbol: best ? "circle" : "circle-open", line: { width: 2, color: paint } },
-      error_x: bar(points(ratio), points(low), points(high), paint), error_y: bar(bits, bitsLow, bitsHigh, paint),
+      error_x: bar(points(ratio) - points(low), points(high) - points(ratio), paint, 1.5),
+      error_y: bar(bits - bitsLow, bitsHigh - bits, paint, 1.5),
       hovertemplate: `${model}: ${percent(ratio)} p50, %{y:.4f} bits per byte<extra></extra>`,
     };
   });
@@ -89,8 +92,9 @@ export async function frontier(element, found, models, baseline, ms) {
   await Plotly.react(element, [line, ...dots], {
     ...shell(), margin: { l: 8, r: 12, t: 8, b: 8 },
     xaxis: {
-      ...axis(), range: xs, zeroline: false, automargin: true, title: title(`p50${ms ? ", ms" : ""}, and over ${baseline}’s`), tickvals: ticks,
-      ticktext: ticks.map((tick) => `${ms ? `${(ms * (1 + tick / 100)).toFixed(2)}<br>` : ""}${tick > 0 ? "+" : ""}${tick} %`),
+      ...axis(), range: xs, zeroline: false, automargin: true, tickvals: ticks,
+      title: title(`p50${ms ? ", ms" : ""}, and over ${baseline}’s`),
+      ticktext: ticks.map((tick) => `${ms ? `${milliseconds(ms * (1 + tick / 100))}<br>` : ""}${tick > 0 ? "+" : ""}${tick} %`),
     },
     yaxis: { ...axis(), range: ys, zeroline: false, automargin: true, title: title("bits per byte") },
   }, config());
@@ -111,7 +115,7 @@ function steps(low, high, most) {
   return Array.from({ length: count }, (_, i) => Number(((Math.ceil(low / step) + i) * step).toFixed(6)) + 0);
 }
 
-/** Where each name stands: the first of the sides on which it covers the least of points, bars, stairs and other names. */
+/** Where each name stands: the first side on which it covers the least of points, bars, stairs and other names. */
 function sides(found, element, xs, ys) {
   const wide = element.clientWidth - 70, high = element.clientHeight - 85; // without the axes' own texts
   const across = (ratio) => wide * (points(ratio) - xs[0]) / (xs[1] - xs[0]);
@@ -120,7 +124,8 @@ function sides(found, element, xs, ys) {
   const taken = found.flatMap((point) => {
     const x = across(point.ratio), y = up(point.bits);
     return [
-      box(x, y, x, y, 5), box(across(point.low), y, across(point.high), y, 2), box(x, up(point.bitsLow), x, up(point.bitsHigh), 2),
+      box(x, y, x, y, 5),
+      box(across(point.low), y, across(point.high), y, 2), box(x, up(point.bitsLow), x, up(point.bitsHigh), 2),
     ];
   });
   const best = found.filter((point) => point.best);
@@ -154,7 +159,7 @@ export async function rounds(element, { rounds: count, arms, p50_ms: p50, void: 
     type: "scatter", mode: count < 40 ? "lines+markers" : "lines", name: arm.replace(AGAIN, " (A/A)"),
     x: Array.from({ length: count }, (_, i) => i + 1),
     y: p50[arm].map((value, round) => (none.has(`${round} ${arm}`) ? null : value)),
-    line: { color: css(hue(arm, arms)), width: 1.8, dash: arm.endsWith(AGAIN) ? "dot" : "solid" },
+    line: { color: css(hue(arm, arms)), width: count < 100 ? 1.8 : 1, dash: arm.endsWith(AGAIN) ? "dot" : "solid" },
     marker: { size: 5 }, hovertemplate: "%{y:.2f} ms",
   }));
   element.style.height = "";
@@ -164,11 +169,13 @@ export async function rounds(element, { rounds: count, arms, p50_ms: p50, void: 
       ...axis(), zeroline: false, range: [1 - count / 50, count * 1.02], dtick: count < 10 ? 1 : undefined,
       unifiedhovertitle: { text: "round %{x}" },
     },
-    yaxis: { ...axis(), ...latencies(traces.flatMap(({ y }) => y.filter((ms) => ms > 0))), zeroline: false, automargin: true },
+    yaxis: {
+      ...axis(), ...latencies(traces.flatMap(({ y }) => y.filter((ms) => ms > 0))), zeroline: false, automargin: true,
+    },
   }, config());
 }
 
-/** An axis on which one stall does not flatten all else, its ticks named in full; an ordinary one where there is none. */
+/** An axis on which one stall does not flatten all else; an ordinary one where there is none. */
 function latencies(values) {
   const low = Math.min(...values) * 0.9, high = Math.max(...values) * 1.1;
   if (!(high > 3 * low)) return {};

@@ -23,7 +23,8 @@ export async function show(fields) {
       variants ??= listen(data);
     }
     const unknown = first || fields.has("variants") ? restore(fields) : [];
-    complain(byId("compare-error"), unknown.length ? `The address names what is not served here: ${unknown.join(", ")}.` : "");
+    const strange = `The address names what is not served here: ${unknown.join(", ")}.`;
+    complain(byId("compare-error"), unknown.length ? strange : "");
     if (shown !== fields.get("run")) byId("comparison").hidden = true;
     shown = fields.get("run");
     await list();
@@ -72,13 +73,16 @@ function restore(fields) {
 function plan(baseline = byId("baseline").value) {
   const names = chosen();
   const offered = [...byId("baseline").options].map(({ value }) => value);
-  if (String(offered) !== String(names)) byId("baseline").replaceChildren(...names.map((name) => h("option", {}, name)));
+  if (String(offered) !== String(names)) {
+    byId("baseline").replaceChildren(...names.map((name) => h("option", {}, name)));
+  }
   if (names.includes(baseline)) byId("baseline").value = baseline;
   const minutes = byId("minutes").value || "?";
   byId("compare-plan").textContent = running ? "One runs; the next can start when it has ended."
     : names.length < 2 ? "Choose two variants or more."
-    : `${names.length} variants and the baseline a second time, in turn, for at most ${minutes} ${minutes === "1" ? "minute" : "minutes"}, ` +
-      "less when it is settled. Whoever asks this service meanwhile waits longer, and disturbs.";
+    : `${names.length} variants and the baseline a second time, in turn, for at most ${minutes} ` +
+      `${minutes === "1" ? "minute" : "minutes"}, less when it is settled. Whoever asks this service meanwhile waits ` +
+      "longer, and disturbs.";
 }
 
 function write() {
@@ -115,7 +119,9 @@ async function start() {
 /** Say what is wrong and mark the control that `param` names, or clear both. */
 function settle(problem = "", param = "") {
   const control = param === "users" || param === "rate" ? "amount" : param;
-  for (const name of ["baseline", "amount", "minutes", "equivalence"]) byId(name).setAttribute("aria-invalid", name === control);
+  for (const name of ["baseline", "amount", "minutes", "equivalence"]) {
+    byId(name).setAttribute("aria-invalid", name === control);
+  }
   complain(byId("compare-error"), problem);
 }
 

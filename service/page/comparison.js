@@ -57,15 +57,18 @@ function article(found, stop) {
     state === "stopped" && !result && h("p", { class: "notice" }, progress?.rounds
       ? "It was cut off, and not judged. `actuary compare --resume` with its folder goes on."
       : "It was stopped before its first round was finished: there is nothing to judge."),
-    state !== "failed" && said.length > 0 && h("ul", { class: "notice" }, said.map((sentence) => h("li", {}, sentence))),
+    state !== "failed" && said.length > 0 &&
+      h("ul", { class: "notice" }, said.map((sentence) => h("li", {}, sentence))),
     over && exhibit("forest", `Over ${baseline}`,
       `p50 over ${baseline}’s in the same round; right is slower. The bars hold together at ${sure(result)} %. ` +
-      `Within the shaded ${round1(result.margin * 100)} % a difference does not matter; the grey tick is the server’s inference alone.`),
+      `Within the shaded ${round1(result.margin * 100)} % a difference does not matter; the grey tick is the server’s ` +
+      "inference alone."),
     over && exhibit("frontier", "What quality costs",
-      "Further left answers sooner, further down predicts held-out text better. The filled, on the dotted line, are beaten " +
-      "by nobody in both. Bars are intervals; a variant trained once has none for its quality."),
+      "Further left answers sooner, further down predicts held-out text better. The filled, on the dotted line, are " +
+      "beaten by nobody in both. Bars are intervals; a variant trained once has none for its quality."),
     exhibit("rounds", "Round by round",
-      "p50 of each block, in ms. What slows all of a round alike cancels in the verdict; dashed is the baseline’s second block."),
+      "p50 of each block, in ms. What slows all of a round alike cancels in the verdict; dashed is the baseline’s " +
+      "second block."),
     found.command && h("details", { class: "curl" }, h("summary", {}, "The command that repeats it"),
       h("pre", {}, h("code", {}, found.command))),
   ].filter(Boolean);
@@ -92,7 +95,8 @@ function about(design, result) {
   if (!design) return [];
   const load = design.rate ? `${design.rate} ${design.arrivals} arrivals/s` : `${design.users} users in a closed loop`;
   const void_ = result?.void_rounds ? `, ${result.void_rounds} of them void` : "";
-  return [load, result ? `${result.rounds} rounds${void_}` : `at most ${design.rounds} rounds`, `blocks of ${design.block_s} s`];
+  const rounds = result ? `${result.rounds} rounds${void_}` : `at most ${design.rounds} rounds`;
+  return [load, rounds, `blocks of ${design.block_s} s`];
 }
 
 const round1 = (value) => Number(value.toFixed(1));
@@ -147,11 +151,14 @@ async function verdict({ result, progress, models }) {
 /** The variants whose quality and latency are known, fastest first, and which of them nobody beats in both. */
 function frontier({ baseline, arms }) {
   const known = arms.filter(({ p50, bits_per_byte: bits }) => p50?.ratio && bits?.value && bits.ratio);
-  if (!known.length) return { points: [], why: "The variants’ bits per byte are not known, or of different texts: there is nothing to draw." };
+  if (!known.length) {
+    return { points: [], why: "The variants’ bits per byte are not known, or of different texts: there is nothing to draw." };
+  }
   const base = known[0].bits_per_byte.baseline;
   const points = known.map(({ model, p50, bits_per_byte: bits }) => ({
     model, ratio: p50.ratio, low: p50.low ?? p50.ratio, high: p50.high ?? p50.ratio,
-    bits: bits.value, bitsLow: bits.low ? base * bits.low : bits.value, bitsHigh: bits.high ? base * bits.high : bits.value,
+    bits: bits.value,
+    bitsLow: bits.low ? base * bits.low : bits.value, bitsHigh: bits.high ? base * bits.high : bits.value,
   }));
   points.push({ model: baseline, ratio: 1, low: 1, high: 1, bits: base, bitsLow: base, bitsHigh: base });
   const beats = (a, b) => a.ratio <= b.ratio && a.bits <= b.bits && (a.ratio < b.ratio || a.bits < b.bits);
@@ -183,9 +190,11 @@ async function rounds(progress) {
     ? h("abbr", { title: why.get(`${round} ${arm}`) }, "void") : number(p50[arm][round]);
   const known = counted(progress);
   const listed = Array.from({ length: Math.min(progress.rounds, ROUNDS_LISTED) }, (_, i) => progress.rounds - 1 - i);
-  byId("rounds-table").replaceChildren(table(
-    ["round", ...arms.map((arm, i) => h("span", { class: "key", style: `--key: var(${charts.hue(arm, arms)})` }, name(arm)))],
-    [["median", ...arms.map((arm) => number(median(known[arm])))], ...listed.map((round) => [round + 1, ...arms.map((arm) => cell(arm, round))])]));
+  const heading = (arm) => h("span", { class: "key", style: `--key: var(${charts.hue(arm, arms)})` }, name(arm));
+  byId("rounds-table").replaceChildren(table(["round", ...arms.map(heading)], [
+    ["median", ...arms.map((arm) => number(median(known[arm])))],
+    ...listed.map((round) => [round + 1, ...arms.map((arm) => cell(arm, round))]),
+  ]));
   await charts.rounds(byId("rounds-plot"), progress);
 }
 
@@ -195,7 +204,8 @@ const name = (arm) => (arm.endsWith(AGAIN) ? `${arm.slice(0, -AGAIN.length)} (A/
 function table(headings, rows) {
   const [first, ...others] = headings;
   return h("table", { class: "figures" },
-    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, first), others.map((each) => h("th", { scope: "col", class: "number" }, each)))),
+    h("thead", {}, h("tr", {},
+      h("th", { scope: "col" }, first), others.map((each) => h("th", { scope: "col", class: "number" }, each)))),
     h("tbody", {}, rows.map(([head, ...cells]) =>
       h("tr", {}, h("th", { scope: "row" }, head), cells.map((cell) => h("td", { class: "number" }, cell))))));
 }
