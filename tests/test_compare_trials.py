@@ -15,7 +15,7 @@ from export.bundle import read_manifest
 from loadtest.compare import trials
 from loadtest.compare.arms import Arms
 from loadtest.compare.options import ANSWERS, BLOCK_S, SETTLE_S, block_of
-from loadtest.compare.workloads import Request, Workload
+from loadtest.compare.workloads import Bodies, Request, Workload
 
 
 def _said(outcome: str, low: float | None, high: float | None, fit: bool = True) -> dict[str, Any]:
@@ -78,9 +78,11 @@ def test_a_twin_is_the_same_bundle_under_another_name(bundles: Path, tmp_path: P
 
 def test_turns_ask_a_b_b_a_and_their_ratio_is_of_medians() -> None:
     with standing_in(["fast", "slow"]) as server:
-        turns = trials.in_turns(server.url, ["fast", "slow"], 0.2)
+        workload = Workload("test", tuple(Request((9,) * size) for size in range(20, 30)), vocab_size=10)
+        turns = trials.in_turns(server.url, Bodies(workload, ["fast", "slow"]), ["fast", "slow"], 0.2)
         models = [model for model, _ in server.seen]
     assert models == ["fast", "slow", "slow", "fast"] * len(turns)
+    assert len({str(prompt) for _, prompt in server.seen}) == len(models), "no prompt begins as one before"
     assert all(len(a) == len(b) == 2 for a, b in turns)
 
     # Both slow down alike as time goes on, and one answer in four hangs.

@@ -11,6 +11,7 @@ difference, and of a known `--truth`, how many find it and how many intervals ho
 
 `truth` measures a ratio in another way than `actuary compare` does, with none of its load or statistics: one client
 that waits for each answer asks both variants in turns, A B B A, request by request. It is the truth of `--users 1`.
+Its requests are those of a comparison that is not told which to send.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ from typing import Any, Final
 import click
 
 from actuary import ActuaryError, BadInput
+from loadtest.compare.arms import Arms
 from loadtest.compare.cli import RESULT
+from loadtest.compare.prompts import built_in, make_workload
 from loadtest.compare.server import OwnServer
 from loadtest.compare.store import RUN
-from loadtest.plan import PROMPTS
+from loadtest.compare.workloads import Bodies
+from loadtest.plan import PROMPTS, served_models
 from loadtest.shared import POSITIVE, machine, write
 
 FIGURES: Final = "trials.json"
@@ -141,8 +145,9 @@ def truth(bundles: Path, variants: str, minutes: float, ops: Path, out: Path) ->
     server = OwnServer(bundles, ops, out)
     try:
         server.wait(lambda: None)
-        in_turns(server.url, names, 2.0)  # the first requests are slow
-        turns = in_turns(server.url, names, minutes * 60)
+        bodies = _bodies(server.url, names)
+        in_turns(server.url, bodies, names, 2.0)  # the first requests are slow
+        turns = in_turns(server.url, bodies, names, minutes * 60)
     finally:
         server.stop()
     found = {"variants": names, "minutes": minutes, **ratio_of(turns), "machine": machine()}
@@ -150,20 +155,28 @@ def truth(bundles: Path, variants: str, minutes: float, ops: Path, out: Path) ->
     click.echo(json.dumps(found))
 
 
+def _bodies(url: str, names: Sequence[str]) -> Bodies:
+    """As `actuary compare` sends where nobody says: a prompt that is in the cache has another ratio."""
+    served = served_models(url)
+    arms = Arms(url, {name: served[name] for name in names})
+    workload = make_workload(built_in(), arms, cache="cold", completions=0, texts=False, top_k=10, speed=1.0)
+    return Bodies(workload, names)
+
+
 Turn = tuple[list[float], list[float]]  # latencies in ms of A and of B
 
 
-def in_turns(url: str, names: Sequence[str], seconds: float) -> list[Turn]:
-    """A B B A, the same prompt in one turn, until the time is over."""
+def in_turns(url: str, bodies: Bodies, names: Sequence[str], seconds: float) -> list[Turn]:
+    """A B B A, the same prompt in one turn but for how it begins, until the time is over."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
     turns: list[Turn] = []
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         turn: Turn = ([], [])
         for which in (0, 1, 1, 0):
-            body = {"model": names[which], "prompt": PROMPTS[len(turns) % len(PROMPTS)], "top_k": 10}
+            path, body = bodies.of(names[which], len(turns) % len(PROMPTS))
             began = time.perf_counter()
-            connection.request("POST", "/v1/next-token", json.dumps(body), {"content-type": "application/json"})
+            connection.request("POST", path, body, {"content-type": "application/json"})
             answer = connection.getresponse()
             said = answer.read()
             turn[which].append((time.perf_counter() - began) * 1000)
