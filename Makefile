@@ -70,7 +70,7 @@ train: $(TRAINED) ## Train the default set, where it is not there
 export: $(EXPORTED) ## Export what was trained, where it is not there
 
 serve: | $(VENV)/.installed ## Serve what was exported
-	$(ACTUARY) serve --bundles $(BUNDLES) --ops $(OPS) --port $(PORT)
+	$(ACTUARY) serve --bundles $(BUNDLES) --ops $(OPS) --compare $(ARTIFACTS)/compare --port $(PORT)
 
 load: | $(VENV)/.installed ## Load on the running service, one row per variant
 	$(ACTUARY) load --url http://127.0.0.1:$(PORT)

@@ -14,6 +14,9 @@ from typing import Literal
 from export import bundle
 from export.onnx_file import OnnxFile
 
+# How ONNX Runtime names what it put in the place of one.
+_INLINED_PRODUCT = re.compile(rf"_inlfunc_(?:{'|'.join(bundle.PRODUCTS)})_")
+
 Part = Literal["up", "activation", "down", "attention", "head", "other"]
 
 
@@ -81,20 +84,26 @@ class Wiring:
             if not (up and down and qkv and out):
                 return None
             found |= dict.fromkeys(self.between(norm1 | qkv, out) | qkv | out, "attention")
-            found |= dict.fromkeys(self.between(norm2, up) | up, "up")
-            found |= dict.fromkeys(self.between(up, down), "activation")
+            inner = self.between(up, down)
+            found |= dict.fromkeys(self.between(norm2, up) | self.between(up, up) | up, "up")
+            found |= dict.fromkeys((i for i in inner - found.keys() if self._of_product(i)), "down")
+            found |= dict.fromkeys(inner - found.keys(), "activation")
             found |= dict.fromkeys(down, "down")
-            self._go_on(found, out, "attention")
-            self._go_on(found, down, "down")
+            self._go_on(found, out, "attention", norm2)
+            self._go_on(found, down, "down", end)
         if not (head := self.reading("head.")):
             return None
         found |= dict.fromkeys(self.between(self.reading("norm."), head) | head | self.behind(head), "head")
         return [found.get(i, "other") for i in range(len(self.nodes))]
 
-    def _go_on(self, found: dict[int, Part], start: set[int], part: Part) -> None:
-        """What reads nothing but what comes of `start`: up to where another tensor meets it."""
+    def _of_product(self, i: int) -> bool:
+        """Whether it is one of the operators that an int8 product of ours became."""
+        return any(_INLINED_PRODUCT.match(name) for name in self.nodes[i].outputs)
+
+    def _go_on(self, found: dict[int, Part], start: set[int], part: Part, norm: set[int]) -> None:
+        """What reads nothing but what comes of `start`: up to the norm, or to where another tensor meets it."""
         mine = set(start)
-        for i in sorted(self.behind(start)):
+        for i in sorted(self.behind(start) - norm):
             if self.before[i] <= mine and i not in found:
                 mine.add(i)
                 found[i] = part

@@ -44,11 +44,15 @@ def reason(response: Any, error: Exception, timeout_s: float) -> str:
     return str(error)[:160] or type(error).__name__
 
 
-def wrong_shape(answer: Any, model: str) -> str | None:
-    """What is wrong with the answer to one prompt for `model`; None where nothing is."""
+def wrong_shape(answer: Any, model: str, experiment: str | None = None) -> str | None:
+    """What is wrong with the answer to one prompt for `model`; None where nothing is.
+
+    Args:
+        experiment: the answer's header x-experiment; where that was asked for, any variant may answer.
+    """
     try:
         (result,) = answer["results"]
-        if result["model"] != model:
+        if model not in (result["model"], experiment):
             return f"wrong answer: of {result['model']!r}, asked for {model!r}"
         if not isinstance(result["top"], list):
             return "wrong answer: top is not a list"

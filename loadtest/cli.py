@@ -81,7 +81,7 @@ def load(
         users = 8 if rate is None else free_users(rate)
     plan = Plan(
         url,
-        planning.choose_models(models, list(served)),
+        planning.choose_models(models, served),
         users,
         rate,
         duration,

@@ -48,7 +48,7 @@ class Load:
         self.worker = f"w{getattr(environment.runner, 'worker_index', 0)}"
         self.prompts = plan.read_prompts(Path(options.prompts)) if options.prompts else plan.PROMPTS
         served = plan.served_models(plan.check_url(environment.host or ""))
-        self.models = plan.choose_models(options.models or None, list(served))
+        self.models = plan.choose_models(options.models or None, served)
         self.rate: float | None = options.rate
         self.total_users: int | None = getattr(options, "total_users", None)
         self.timeout_s: float = options.request_timeout
@@ -288,7 +288,7 @@ class NextTokenUser(FastHttpUser):
             self.pause_s = 0.0 if response.status_code else NO_ANSWER_PAUSE_S
             if response.status_code == 200:
                 try:
-                    wrong = wrong_shape(response.json(), model)
+                    wrong = wrong_shape(response.json(), model, response.headers.get("x-experiment"))
                 except ValueError:
                     wrong = "wrong answer: not JSON"
                 if wrong:

@@ -12,7 +12,7 @@ import random
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,12 +99,12 @@ def check_url(url: str) -> str:
 
 
 def served_models(url: str, timeout_s: float = 10.0) -> dict[str, dict[str, object]]:
-    """The entries of GET /v1/models by id. No proxy: Locust's client uses none either."""
+    """The entries of GET /v1/models by id, experiments among them. No proxy: Locust's client uses none either."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{url}/v1/models", timeout=timeout_s) as response:
-            entries = json.load(response)["data"]
-            models = {entry["id"]: entry for entry in entries}
+            listed = json.load(response)
+            models = {entry["id"]: entry for entry in [*listed["data"], *listed.get("experiments", [])]}
     except urllib.error.HTTPError as error:
         raise BadInput(f"{url}/v1/models answered {error.code}; is it Actuary that runs there?") from error
     except (OSError, urllib.error.URLError) as error:
@@ -119,10 +119,10 @@ def served_models(url: str, timeout_s: float = 10.0) -> dict[str, dict[str, obje
     return models
 
 
-def choose_models(asked: str | None, served: Sequence[str]) -> tuple[str, ...]:
-    """The comma-separated names of `asked`, each of which must be served; all that are served where None."""
+def choose_models(asked: str | None, served: Mapping[str, Mapping[str, object]]) -> tuple[str, ...]:
+    """The comma-separated names of `asked`, each of which must be served; all variants that are where None."""
     if asked is None:
-        return tuple(served)
+        return tuple(name for name, entry in served.items() if entry.get("object") != "experiment")
     names = [name.strip() for name in asked.split(",")]
     for name in names:
         if name not in served:

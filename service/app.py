@@ -16,6 +16,8 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from service import assets, errors
+from service.comparisons.live import Comparisons
+from service.comparisons.routes import router as comparisons_router
 from service.completions import complete
 from service.completions_schema import CompletionAnswer, CompletionRequest
 from service.engine import Engine
@@ -62,6 +64,7 @@ class Service:
     tokens: Tokens
     metrics: Metrics
     experiments: Experiments
+    comparisons: Comparisons
     draining: bool = False
 
     @property
@@ -90,8 +93,9 @@ def create_app(settings: Settings) -> FastAPI:
         runtime.no_cuda,
         assets.Compressed.of(_activations(library), "application/json"),
         Tokens(library, settings),
-        Metrics((*engine.metrics.all, *experiments.counters.all), engine.tell),
+        Metrics(engine.metrics, engine.tell, experiments.counters.all),
         experiments,
+        Comparisons(settings.compare, library),
     )
 
     @asynccontextmanager
@@ -99,6 +103,7 @@ def create_app(settings: Settings) -> FastAPI:
         experiments.start()
         async with service.engine:
             yield
+        await service.comparisons.close()
         await asyncio.to_thread(experiments.close)
 
     app: FastAPI = FastAPIOffline(
@@ -118,6 +123,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.include_router(v1)
     app.include_router(experiments_router)
+    app.include_router(comparisons_router)
     app.include_router(v2)
     app.include_router(aliases)
     app.include_router(health)

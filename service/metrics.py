@@ -118,8 +118,8 @@ class EngineMetrics:
 class Metrics:
     """Everything at /metrics: requests, the engine's counters, the process."""
 
-    def __init__(self, others: Iterable[Counter | Gauge | Histogram], tell: Callable[[], None]) -> None:
-        """With `others`, the engine's and what else counts; `tell` brings them up to date."""
+    def __init__(self, engine: EngineMetrics, tell: Callable[[], None], others: Iterable[Counter | Gauge] = ()) -> None:
+        """`tell` brings the engine's up to date; `others` count besides."""
         self._registry = CollectorRegistry()
         requests = Counter(
             "actuary_requests",
@@ -148,7 +148,7 @@ class Metrics:
             lambda model: tuple(stages.labels(stage, model) for stage in ("tokenize", "queue", "infer"))
         )
         self._tell = tell
-        for collector in others:
+        for collector in (*engine.all, *others):
             self._registry.register(collector)
         ProcessCollector(registry=self._registry)  # memory, processor time and open files; on Linux
 

@@ -39,6 +39,9 @@ class Runtime:
         self.no_ops = "" if self.ops else "fused operators were never built; actuary ops build makes them"
         self._asked = provider
         self._cuda = provider != "cpu"
+        # By layers, C, V, context and precision: for how many tokens all cores are faster than one. Timed once for all
+        # models of a shape: in a busy moment one of two equal ones was given all cores by chance, and was 10 % faster.
+        self.wide_at: dict[tuple[int, int, int, int, str], tuple[int, ...]] = {}
         self.no_cuda = ""  # why `auto` runs on the CPU; empty where it does not
         self._preload_said = ""
         onnxruntime.set_default_logger_severity(FATAL)

@@ -36,6 +36,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.draining = True
+        self._service.comparisons.tell()  # before its requests are refused
         super().handle_exit(sig, frame)
 
 

@@ -73,6 +73,11 @@ class Settings(BaseModel):
     outcome_mb: int = Field(
         64, ge=0, description="Memory of the newest answers' logits, for the log loss of what really came."
     )
+    compare: Path | None = Field(
+        None,
+        description="Folder of comparisons, which the page then lists; and whoever reaches the port may start one, "
+        "which puts load on this machine.",
+    )
     access_log: bool = Field(False, description="Log each request on standard error.")
 
     @model_validator(mode="after")

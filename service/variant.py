@@ -247,13 +247,20 @@ def open_variant(folder: Path, runtime: Runtime, vocabulary: Callable[[Path, str
         _check_signature("input", _CACHE_INPUTS, session.get_overridable_initializers())
         _check_signature("output", _CACHE_OUTPUTS, session.get_outputs())
     _warm_up(variant)
-    if runtime.lanes > 1:
-        both = dataclasses.replace(variant, wide_session=opened(wide=True))
-        sizes = [tokens for tokens in reversed(WIDE_TOKENS) if tokens <= variant.context]
-        # Where it does not pay for the longest, it does not for the others, and they need not be timed.
-        if faster := tuple(itertools.takewhile(lambda tokens: _wide_is_faster(both, tokens), sizes)):
-            return dataclasses.replace(both, wide_at=faster)
-    return variant
+    if runtime.lanes == 1:
+        return variant
+    shape = manifest.layers, manifest.dim, manifest.vocab_size, manifest.context, manifest.precision
+    if shape not in runtime.wide_at:
+        runtime.wide_at[shape] = _where_wide_is_faster(dataclasses.replace(variant, wide_session=opened(wide=True)))
+    if not runtime.wide_at[shape]:
+        return variant
+    return dataclasses.replace(variant, wide_session=opened(wide=True), wide_at=runtime.wide_at[shape])
+
+
+def _where_wide_is_faster(variant: Variant) -> tuple[int, ...]:
+    """Of WIDE_TOKENS. Where it does not pay for the longest, it does not for the others, and they need not be timed."""
+    sizes = [tokens for tokens in reversed(WIDE_TOKENS) if tokens <= variant.context]
+    return tuple(itertools.takewhile(lambda tokens: _wide_is_faster(variant, tokens), sizes))
 
 
 def _wide_is_faster(variant: Variant, tokens: int) -> bool:

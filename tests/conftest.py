@@ -56,6 +56,17 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable)
 
 
 @pytest.fixture(scope="session")
+def comparable(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable) -> Path:
+    """The same with a context of 128, which takes all prompts of `actuary compare`. Not to be changed."""
+    from export.exporter import export_bundle
+
+    out = tmp_path_factory.mktemp("comparable")
+    for activation, head in TINY_VARIANTS:
+        export_bundle(tiny_checkpoint(activation, head, context=128), out)
+    return out
+
+
+@pytest.fixture(scope="session")
 def kinds(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable) -> Path:
     """A folder of a bundle of each kind (bundle_kinds.py). Not to be changed."""
     from bundle_kinds import write_kinds

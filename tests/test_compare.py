@@ -277,7 +277,6 @@ def test_a_stall_of_the_server_is_in_the_corrected_p99_alone(bundles: Path, prom
     stalled, *others = _whole(tmp_path / "run", rounds=1).blocks.to_dicts()
     assert stalled["p99_ms"] > 800
     assert stalled["uncorrected_p99_ms"] < stalled["p99_ms"] / 2
-    assert stalled["void"] == "", "the server stood still, and the client kept its plan"
     assert all(block["p99_ms"] < stalled["p99_ms"] for block in others)
 
 
@@ -506,7 +505,7 @@ def test_bad_input(arguments: tuple[str, ...], said: str, stand_in: Server, refu
 def test_a_server_that_is_down_or_is_not_ours(stand_in: Server, refused: Any, tmp_path: Path) -> None:
     code, message = refused("--url", f"http://127.0.0.1:{free_port()}", "--out", "run")
     assert (code, "no server answers" in message) == (2, True)
-    code, message = refused("--url", f"{stand_in.url}/health/ready?", "--out", "run")
+    code, message = refused("--url", f"{stand_in.url}/?x=1", "--out", "run")
     assert (code, "not the address" in message) == (2, True)
     assert not list(tmp_path.iterdir())
 

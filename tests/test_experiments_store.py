@@ -240,7 +240,7 @@ def test_a_lost_connection_is_made_again(postgres: str) -> None:
     [
         ("mysql://someone:secret@host/x", "postgresql://USER"),
         ("postgresql://someone:secret@127.0.0.1:1/x", "connection"),
-        ("postgresql://[", "no URL"),
+        ("://x", "no URL"),
         ("/proc/nothing/x.db", "cannot be"),
         ("/", "cannot be used"),
         ("README.md", "not a database"),

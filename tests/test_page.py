@@ -276,7 +276,7 @@ def test_quality_lists_every_variant(page: WebDriver, server_url: str) -> None:
         assert f"{model['parameters']:,}" in row.text
 
 
-@pytest.mark.parametrize("view", ["next-token", "activations", "quality"])
+@pytest.mark.parametrize("view", ["next-token", "activations", "quality", "compare"])
 def test_nothing_scrolls_sideways_on_a_phone(page: WebDriver, view: str) -> None:
     page.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,6 +128,8 @@ def quality_against_latency(
             mode="markers+text",
             text=[f"<b>{point.model}</b>" if point.best else point.model],
             textposition=place,
+            textfont={"color": paint},
+            cliponaxis=False,  # on a phone a long name reaches over the axis
             marker={"size": 12, "color": paint, "symbol": "circle" if point.best else "circle-open", "line_width": 2},
             error_x=_bar(x, in_percent(point.low), in_percent(point.high), paint),
             error_y=_bar(point.bits, point.bits_low, point.bits_high, paint),
@@ -178,16 +181,19 @@ def _places(points: Sequence[Point], x_range: Sequence[float], y_range: Sequence
         return (bits - y_range[0]) / (y_range[1] - y_range[0])
 
     spots = [(across(point.ratio), up(point.bits)) for point in points]
-    boxes: list[tuple[float, ...]] = [(x - 0.012, y - 0.02, x + 0.012, y + 0.02) for x, y in spots]
+    boxes: list[tuple[float, ...]] = [(x - 0.012, y - 0.018, x + 0.012, y + 0.018) for x, y in spots]
     boxes += [(across(p.low), y - 0.008, across(p.high), y + 0.008) for p, (_, y) in zip(points, spots, strict=True)]
     best = [spot for point, spot in zip(points, spots, strict=True) if point.best]
     for (x, y), (next_x, next_y) in itertools.pairwise(best):  # the staircase
         boxes += [(x, y - 0.004, next_x, y + 0.004), (next_x - 0.004, next_y, next_x + 0.004, y)]
     places = []
     for point, spot in zip(points, spots, strict=True):
-        sides = {side: _box(side, spot, len(point.model)) for side in SIDES}
-        free = [side for side, box in sides.items() if _inside(box) and not any(_meet(box, each) for each in boxes)]
-        places.append(free[0] if free else SIDES[0])
+        near = min((other for other in spots if other != spot), key=lambda other: math.dist(other, spot), default=spot)
+        away = "left" if near[0] > spot[0] else "right"  # so that a name is not taken for its neighbour's
+        order = sorted(SIDES, key=lambda side: not side.endswith(away))
+        sides = {side: _box(side, spot, len(point.model)) for side in order}
+        covered = {side: _covers(box, boxes) for side, box in sides.items()}
+        places.append(min(order, key=covered.__getitem__))  # the first of the best
         boxes.append(sides[places[-1]])
     return places
 
@@ -195,15 +201,17 @@ def _places(points: Sequence[Point], x_range: Sequence[float], y_range: Sequence
 def _box(side: str, spot: tuple[float, float], letters: int) -> tuple[float, ...]:
     """What a name covers, in shares of the axes: left, bottom, right, top."""
     # A letter is about 8 of 560 pixels wide and a line 18 of 380 high, in the narrower of two columns.
-    wide, high, off = 0.0145 * letters, 0.048, 0.022
+    wide, high, off = 0.0145 * letters, 0.048, 0.024
     up, across = side.split()
     left = spot[0] + {"right": off, "center": -wide / 2, "left": -off - wide}[across]
     bottom = spot[1] + {"top": off, "bottom": -off - high}[up]
     return left, bottom, left + wide, bottom + high
 
 
-def _inside(box: tuple[float, ...]) -> bool:
-    return min(box) >= 0 and max(box) <= 1
+def _covers(box: tuple[float, ...], boxes: Sequence[tuple[float, ...]]) -> int:
+    """How many others; more than all of them where it leaves the picture."""
+    outside = min(box) < 0 or max(box) > 1
+    return sum(_meet(box, each) for each in boxes) + outside * len(boxes)
 
 
 def _meet(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

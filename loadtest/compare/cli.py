@@ -24,8 +24,9 @@ from loadtest.compare.arms import Arms
 from loadtest.compare.design import AGAIN, Design
 from loadtest.compare.driver import Comparison, Settled, measure, over, stopping
 from loadtest.compare.options import arguments_of, block_of, folder_to_resume, options, place_of, repeat
+from loadtest.compare.progress import Written
 from loadtest.compare.prompts import Lengths, Source, built_in, cut_corpus, make_workload, read_prompts, read_traffic
-from loadtest.compare.server import OwnServer
+from loadtest.compare.server import OwnServer, die_with_parent
 from loadtest.compare.terminal import Terminal
 from loadtest.compare.workloads import Workload
 from loadtest.shared import check_json, machine, write
@@ -50,10 +51,13 @@ def compare(context: click.Context, /, **given: Any) -> None:
       actuary compare --variants gelu,swiglu,relu --minutes 3
       actuary compare --url http://127.0.0.1:8000 --rate 50 --json result.json
     """
+    if given["with_parent"]:
+        die_with_parent()
     check_json(given["json_file"])
     resumed = given["resume"] is not None
+    arguments = {} if resumed else arguments_of(given)  # refused before there is a folder
     folder = folder_to_resume(context) if resumed else _new_folder(given["out"])
-    arguments = store.run_of(folder)["arguments"] if resumed else arguments_of(given)
+    arguments = arguments or store.run_of(folder)["arguments"]
     console = Console(stderr=True)
     with _tidy(folder, keep=resumed), store.locked(folder):
         result = _measured(arguments, folder, resumed, console)
@@ -116,14 +120,15 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
             _check_same(run, served)
         else:
             assert source is not None
-            models = _models(arguments, list(served))
+            models = _models(arguments, served)
             arms = Arms(url, {model: served[model] for model in models})
             workload = _workload(source, arms, arguments)
             design = _design(arguments, models, workload, arms)
             run = _run(arguments, design, workload, served, url, own is not None)
             workload.write(folder / store.WORKLOAD)
             store.create(folder, run)
-        with Terminal(design, console) as progress:
+        with Terminal(design, console) as terminal:
+            progress = Written(folder, design, terminal)
             comparison = Comparison(
                 design,
                 workload,
@@ -138,6 +143,7 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
             with stopping(comparison):
                 ended = measure(comparison, _settled(run))
                 said = _and_then(comparison, arguments) if ended != "interrupted" else []
+            progress.starting("judging")
     finally:
         own = comparison.own if comparison else own
         if own:
@@ -198,7 +204,7 @@ def _warm(url: str, design: Design, served: dict[str, dict[str, object]], worklo
         Arms(url, {model: served[model] for model in design.models}).warm(workload)
 
 
-def _models(arguments: dict[str, Any], served: list[str]) -> tuple[str, ...]:
+def _models(arguments: dict[str, Any], served: dict[str, dict[str, object]]) -> tuple[str, ...]:
     """The baseline first."""
     models = planning.choose_models(arguments["variants"], served)
     if len(models) < 2:

@@ -30,7 +30,7 @@ from loadtest.compare.workloads import Workload
 from loadtest.samples import KEPT_SHARE, too_slow
 
 DIGITS = 6  # of a second, in a round's facts
-VOID_ROUNDS = 3  # in a row, with no block that counts, end a comparison
+VOID_ROUNDS = 3  # in a row in which an arm's block does not count end a comparison
 
 
 Settled = Callable[[pl.DataFrame], bool]
@@ -150,7 +150,7 @@ class _State:
         self.comparison, self.design = comparison, comparison.design
         self.number, self.blocks = len(kept.rounds), kept.blocks
         self.origin = 0.0  # of the run's clock, by time.monotonic
-        self.void_rounds = 0
+        self.void_in_a_row = dict.fromkeys(self.design.arms, 0)
 
     def load(self, settled: Settled) -> str:
         """From one start of Locust to its end."""
@@ -227,11 +227,15 @@ class _State:
             raise ServerDied(f"the server at {self.comparison.url} no longer answers")
 
     def _check_void(self, facts: Sequence[dict[str, Any]]) -> None:
-        self.void_rounds = self.void_rounds + 1 if all(block["void"] for block in facts) else 0
-        if self.void_rounds == VOID_ROUNDS:
-            reasons = list(dict.fromkeys(block["void"] for block in facts))
+        """An arm whose blocks never count has no pairs, however long it takes."""
+        for block in facts:
+            arm = block["arm"]
+            self.void_in_a_row[arm] = self.void_in_a_row[arm] + 1 if block["void"] else 0
+        never = [block for block in facts if self.void_in_a_row[block["arm"]] >= VOID_ROUNDS]
+        if never:
+            reasons = "; ".join(f"{block['arm']}: {block['void']}" for block in never)
             raise ActuaryError(
-                f"no block of the last {VOID_ROUNDS} rounds counts: {'; '.join(reasons)}; "
+                f"of the last {VOID_ROUNDS} rounds no block counts of {reasons}; "
                 f"{self.number} rounds are kept in {self.comparison.folder}"
             )
 

@@ -88,10 +88,8 @@ def table(found: list[Point], baseline: str, baseline_ms: float | None) -> Table
     for point in found:
         p50 = "-" if baseline_ms is None else f"{baseline_ms * point.ratio:.2f}"
         versus = percent(point.bits / bits[baseline]) if baseline in bits and point.model != baseline else "-"
-        latency = (
-            "baseline"
-            if point.model == baseline
-            else interval({"ratio": point.ratio, "low": point.low, "high": point.high})
-        )
+        latency = "baseline" if point.model == baseline else percent(point.ratio)
+        if point.low < point.high:
+            latency = interval({"ratio": point.ratio, "low": point.low, "high": point.high})
         rows.append((point.model, p50, latency, f"{point.bits:.4f}", versus, "yes" if point.best else ""))
     return Table(("variant", "p50, ms", "latency", "bits per byte", "difference", "on the frontier"), tuple(rows))

@@ -158,7 +158,10 @@ class Generator:
             if time.monotonic() > until:
                 raise self._died(f"Locust does not say {name!r}")
             if select.select([self._socket], [], [], POLL_S)[0]:
-                piece = self._socket.recv(1 << 20)
+                try:
+                    piece = self._socket.recv(1 << 20)
+                except ConnectionError:  # it was killed before it had read all that it was told
+                    piece = b""
                 if not piece:
                     time.sleep(POLL_S)  # so that who ended is known
                     raise self._died(self._ended() or "Locust hung up")

@@ -101,7 +101,7 @@ def bound_of(blocks: Sequence[Block], baseline: str) -> float:
 
 def knee_of(at_rate: Mapping[float, Sequence[Block]], bound_ms: float) -> float:
     """0 where p99 is over the bound at the lowest rate already, infinity where it never is."""
-    from scipy.optimize import isotonic_regression  # type: ignore[import-untyped]  # takes half a second to import
+    from scipy.optimize import isotonic_regression  # takes half a second to import
 
     rates = sorted(at_rate)
     log_p99 = isotonic_regression([_log_p99(at_rate[rate], bound_ms) for rate in rates]).x

@@ -159,7 +159,7 @@ class ArmUser(FastHttpUser):
             with self.client.post(path, **asked) as response:
                 if response.status_code == 200:
                     try:
-                        wrong = wrong_shape(response.json(), model)
+                        wrong = wrong_shape(response.json(), model, response.headers.get("x-experiment"))
                     except ValueError:
                         wrong = "wrong answer: not JSON"
                     if wrong:

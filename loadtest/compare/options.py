@@ -22,8 +22,8 @@ USERS_OF_TRAFFIC = 64
 BLOCK_S, SETTLE_S = 0.15, 0.05  # at least; statistics.py says what longer ones cost
 ANSWERS = 10  # in a block at least: where one takes longer than the block, some blocks have none, and do not count
 LEAST_PLANNED = 5  # in a block: of Poisson arrivals one block in 150 has then none
-# What --resume does not take from the run: where its result goes.
-FREE = ("resume", "json_file")
+# What --resume does not take from the run: where its result goes, and whose child this is.
+FREE = ("resume", "json_file", "with_parent")
 
 _PATH = click.Path(path_type=Path)
 _SHARE = Finite(min=0, max=1, min_open=True, max_open=True)
@@ -88,6 +88,8 @@ _OPTIONS = (
     _option("--master", metavar="HOST:PORT", help="Wait here for --workers from other machines."),
     _option("--json", "json_file", metavar="FILE", help="Write the result here too; - is standard output."),
     _option("--out", type=_PATH, help="Folder.  [default: artifacts/compare/<time>]"),
+    # For who starts this as a child, like the service: stop by SIGTERM when that process ends, however it does.
+    _option("--with-parent", is_flag=True, hidden=True),
     _option("--resume", metavar="DIR", type=_PATH, help="Go on with a run that was stopped or killed."),
 )
 
@@ -100,8 +102,11 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def arguments_of(given: dict[str, Any]) -> dict[str, Any]:
     """What was asked, as JSON keeps it, with every default that depends on another argument."""
-    asked = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    asked = {name: value for name, value in asked.items() if name not in (*FREE, "out")}
+    asked: dict[str, Any] = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in given.items()
+        if name not in (*FREE, "out")
+    }
     if asked["url"]:
         if asked["bundles"] or asked["ops"]:
             raise BadInput("--bundles and --ops are of a server of its own; leave out either them or --url")
@@ -123,9 +128,7 @@ def arguments_of(given: dict[str, Any]) -> dict[str, Any]:
     if asked["objective_ms"] and not asked["sweep"]:
         raise BadInput("--objective-ms is what --sweep looks for; give it its minutes")
     if asked["users"] is None:
-        asked["users"] = (
-            free_users(float(asked["rate"])) if asked["rate"] else USERS_OF_TRAFFIC if asked["traffic"] else USERS
-        )
+        asked["users"] = free_users(asked["rate"]) if asked["rate"] else USERS_OF_TRAFFIC if asked["traffic"] else USERS
     if asked["workers"] > asked["users"]:
         raise BadInput(f"--workers {asked['workers']} have {asked['users']} users between them; give each one, or more")
     if asked["rate"] and asked["block"] and asked["rate"] * asked["block"] < LEAST_PLANNED:

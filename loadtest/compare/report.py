@@ -25,6 +25,7 @@ from loadtest.page import ms
 from loadtest.shared import write
 
 NAME = "report"  # .html and .md
+VOID = 20  # void blocks that the table names; all of them are in rounds/*.json
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def write_files(
     name = NAME
     if found:
         parts.insert(0, _against(found))
-        name = f"against-{Path(found['old']).name}"
+        name = f"against-{found['old']}"
     files = {f"{name}.html": draw(run, result, parts), f"{name}.md": markdown(run, result, parts)}
     for file, text in files.items():
         write(folder / file, text)
@@ -78,7 +79,7 @@ def _against(found: Mapping[str, Any]) -> Section:
             for arm in found["arms"]]  # fmt: skip
     rows.append((words.name_of(found["baseline"] + AGAIN), "check", "", "", words.interval(found["aa"])))
     return Section(
-        f"Against {Path(found['old']).name}",
+        f"Against {found['old']}",
         against.said(found),
         charts.forest(found, "p50 now over then, %"),
         Table(("variant", "outcome", f"then, over {found['baseline']}", "now", "now over then"), tuple(rows)),
@@ -104,9 +105,13 @@ def _frontier(run: Mapping[str, Any], result: Mapping[str, Any], blocks: pl.Data
     p50 = words.medians(blocks, ["p50_ms"]).get(baseline, {}).get("p50_ms")
     if not points or p50 is None:
         return Section(title, why_not or f"{baseline} was never answered well, so there is no latency to draw.")
+    doubt = "" if result["fit"] else "The latencies are not to be trusted, as said at the top."
+    unsettled = [arm["model"] for arm in result["arms"] if arm["outcome"] == "inconclusive"]
+    if unsettled and result["fit"]:
+        doubt = f"How far to the left or right is not settled of {', '.join(unsettled)}."
     return Section(
         title,
-        frontier.said(points, frontier.unknown(run, points)),
+        f"{frontier.said(points, frontier.unknown(run, points))} {doubt}".strip(),
         charts.quality_against_latency(points, words.arms_of(run), baseline, p50),
         frontier.table(points, baseline, p50),
     )
@@ -143,6 +148,7 @@ def _sweep(result: Mapping[str, Any], arms: Sequence[str]) -> list[Section]:
 def _time_line(blocks: pl.DataFrame, arms: Sequence[str]) -> Section:
     void = blocks.filter(pl.col("void") != "")
     rows = [(str(n), words.name_of(arm), why) for n, arm, why in void.select("round", "arm", "void").rows()]
+    shown = [*rows[:VOID], ("…", f"and {len(rows) - VOID} more", "")] if len(rows) > VOID else rows
     return Section(
         "Block by block",
         "Each mark is one block. What slows all arms of a round alike, the grey line, cancels in the differences. "
@@ -152,7 +158,7 @@ def _time_line(blocks: pl.DataFrame, arms: Sequence[str]) -> Section:
             else "No block was void."
         ),
         charts.time_line(blocks, arms),
-        Table(("round", "arm", "why it is void"), tuple(rows)) if rows else None,
+        Table(("round", "arm", "why it is void"), tuple(shown)) if rows else None,
     )
 
 
@@ -217,7 +223,8 @@ def _cold(run: Run, arms: Sequence[str]) -> list[Section]:
 def about(run: Run) -> dict[str, str]:
     """What it takes to repeat the comparison, in plain text; the first is a command."""
     record, design = run.run, run.run["design"]
-    shown = ("block_s", "settle_s", "minutes", "users", "rate", "arrivals", "cycle", "seed", "timeout_s", "fixed")
+    shown = ["block_s", "settle_s", "minutes", "users", "cycle", "seed", "timeout_s", "fixed"]
+    shown += ["rate", "arrivals"] if words.planned(design) else []
     return {
         "Repeat it": record["command"],
         "Design": "blocks in Williams' order, " + _pairs({name: design.get(name) for name in shown}),
@@ -226,7 +233,7 @@ def about(run: Run) -> dict[str, str]:
         "Machine": _pairs(record["machine"]),
         "Versions": _pairs(record["versions"]),
         "Figures": (
-            f"latency in ms from {'the send' if design['rate'] is None else 'the planned send'} to the last byte, of "
+            f"latency in ms from {'the planned send' if words.planned(design) else 'the send'} to the last byte, of "
             "answers that went well; raw samples in rounds/*.parquet, the verdict in result.json, the bundles' sha256 "
             "in full in run.json"
         ),
@@ -292,7 +299,7 @@ def markdown(run: Run, result: Mapping[str, Any], parts: Sequence[Section]) -> s
     lines += [f"- **{outcome}** {_md(sentence)}" for outcome, sentence in words.sentences(result)]
     lines += ["", _md(words.aa(result)), ""]
     for part in parts:
-        lines += [f"## {part.title}", ""]
+        lines += [f"## {_md(part.title)}", ""]
         lines += [_md(part.said), ""] if part.said else []
         lines += [*_md_table(part.table), ""] if part.table else []
     facts = about(run)

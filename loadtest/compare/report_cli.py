@@ -81,7 +81,7 @@ def _comparison(
     found = against.compare(
         run, store.read(old), margin=result["margin"], alpha=result["alpha"], other_bundles=other_bundles
     )
-    found["old"] = str(old)
+    found["old"] = old.resolve().name
     return report.write_files(folder, run, result, found), {**result, "against": found}
 
 

@@ -38,7 +38,7 @@ def noise(random: Randomness, blocks: int, kind: str) -> Array:
     spikes = (random.random(blocks) < 0.1) * random.exponential(0.8, blocks)
     jumped = np.maximum.accumulate(np.where(random.random(blocks) < 0.25, np.arange(blocks), 0))
     level = random.exponential(0.6, blocks)[jumped]
-    slow = signal.lfilter([0.2 * math.sqrt(1 - 0.97**2)], [1, -0.97], random.normal(0, 1, blocks))
+    slow: Array = signal.lfilter([0.2 * math.sqrt(1 - 0.97**2)], [1, -0.97], random.normal(0, 1, blocks))
     return random.normal(0, 0.12, blocks) + spikes + level + slow
 
 
@@ -58,7 +58,8 @@ def comparison(random: Randomness, plan: Design, kind: str, effects: Sequence[fl
     order = np.array([[place[arm] for arm in plan.order(number)] for number in range(rounds)])
     blocks = np.empty((rounds, len(arms)))
     np.put_along_axis(blocks, order, noise(random, rounds * len(arms), kind).reshape(rounds, -1), axis=1)
-    return blocks + np.array([0.0, *effects])
+    truth: Array = np.array([0.0, *effects])
+    return blocks + truth
 
 
 def over_baselines(blocks: Array, arm: int) -> Array:

@@ -57,7 +57,8 @@ def measure(comparison: Comparison, minutes: float, objective_ms: float | None) 
 
 def missing_s(folder: Path, minutes: float) -> float:
     """Of the minutes, what the steps in a run's folder leave."""
-    return max(0.0, 60 * minutes - sum(step["took_s"] for step in _read(folder / FOLDER)))
+    taken_s: float = sum(step["took_s"] for step in _read(folder / FOLDER))
+    return max(0.0, 60 * minutes - taken_s)
 
 
 def _measure(comparison: Comparison, folder: Path, minutes: float, objective_ms: float | None) -> None:
@@ -160,7 +161,7 @@ def _step(
 def _carried_per_s(seen: Seen, design: Design) -> float:
     """Answers per second, by when they came."""
     ended = [row["at_s"] + row["latency_ms"] / 1000 for row in seen.rows if not row["failure"]]
-    inside = sum(design.settle_s <= end_s < design.settle_s + design.block_s for end_s in ended)
+    inside: int = sum(design.settle_s <= end_s < design.settle_s + design.block_s for end_s in ended)
     return max(1, inside) / design.block_s
 
 

@@ -53,6 +53,11 @@ def name_of(arm: str) -> str:
     return f"{arm.removesuffix(AGAIN)} (A/A)" if arm.endswith(AGAIN) else arm
 
 
+def planned(design: Mapping[str, Any]) -> bool:
+    """Whether requests leave at planned times, not when a user is free."""
+    return design["rate"] is not None or design["arrivals"] == "recorded"
+
+
 def load_of(run: Mapping[str, Any]) -> str:
     """The load in a few words."""
     design, tokens = run["design"], run["workload"].get("generated_tokens")
@@ -98,8 +103,11 @@ def unfit(result: Mapping[str, Any]) -> str:
 def aa(result: Mapping[str, Any]) -> str:
     if result["aa"]["ratio"] is None:
         return "The machine's own check, the baseline against itself (A/A), has too few rounds."
-    found = "no difference that matters, so the machine was fit" if result["fit"] else "so the machine was not fit"
-    return f"{result['baseline']} against itself (A/A, the machine's own check): {interval(result['aa'])} p50, {found}."
+    found = "passes" if result["fit"] else "was not fit"
+    return (
+        f"{result['baseline']} against itself (A/A, the machine's own check): {interval(result['aa'])} p50, where 0 is "
+        f"the truth; the machine {found}."
+    )
 
 
 def sentences(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -115,9 +123,12 @@ def notes(run: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
                         ("vocab_size", "vocabulary"), ("context", "context"), ("provider", "provider"),
                         ("head", "head"), ("flavor", "flavor")):  # fmt: skip
         values = {model: each[field] for model, each in facts.items() if each.get(field) is not None}
-        if len(set(values.values())) > 1:
-            told = ", ".join(f"{model} {value}" for model, value in values.items())
-            said.append(f"the variants differ in {word} ({told}): latencies differ by more than the activation")
+        usual = values.get(result["baseline"])
+        others = ", ".join(f"{model} {value}" for model, value in values.items() if value != usual)
+        if others:
+            said.append(
+                f"not the baseline's {word}, {usual}: {others}; a difference in latency is not of the activation alone"
+            )
     unfused = [model for model, each in facts.items() if each.get("unfused")]
     if unfused and len(unfused) < len(facts):
         said.append(f"without a fused operator: {', '.join(unfused)}; the others have one")
@@ -149,8 +160,7 @@ def digests(facts: Mapping[str, Any]) -> dict[str, str]:
 
 def arms_table(run: Mapping[str, Any], result: Mapping[str, Any], blocks: pl.DataFrame) -> Table:
     """Every measure of every arm: the baseline as it is, the others as a difference from it."""
-    planned = run["design"]["rate"] is not None or run["design"]["arrivals"] == "recorded"
-    names = [name for name in SHOWN if planned or name not in OPEN_LOOP]
+    names = [name for name in SHOWN if planned(run["design"]) or name not in OPEN_LOOP]
     names = [name for name in names if any((arm.get(name) or {}).get("ratio") for arm in result["arms"])]
     columns = {name: verdict.MEASURES[name] for name in names}
     itself = medians(blocks, list(columns.values())).get(result["baseline"], {})

@@ -50,12 +50,12 @@ class Exposure(Generic[A]):
         self.running = running
         self.variant = variant
         self.key_hash = key_hash
-        model = [variant] if isinstance(asked, NextTokenRequest) else variant
-        self.asked: A = asked.model_copy(update={"model": model})
+        completion = asked if isinstance(asked, CompletionRequest) else None
+        self.asked: A = asked.model_copy(update={"model": variant if completion else [variant]})
         self.engine = Watched(engine, self)
-        self.streams: bool = getattr(asked, "stream", False)
-        self.choices: int = getattr(asked, "n", 1)
-        self.generates: bool = getattr(asked, "max_tokens", 0) > 0
+        self.streams = completion is not None and completion.stream
+        self.choices = completion.n if completion else 1
+        self.generates = completion is not None and completion.max_tokens > 0
         self._route = route
         self._arrived = arrived
         self._record: Callable[[Exposure[A], Exposed], None] | None = record
@@ -73,7 +73,7 @@ class Exposure(Generic[A]):
             self.ended(error)
             raise
         if not self.streams:
-            self.ended(None)
+            self.answered()
         response.raw_headers.extend((name.encode(), value.encode()) for name, value in self._headers)
         return response
 
@@ -82,12 +82,16 @@ class Exposure(Generic[A]):
         name = self.running.definition.name
         return ("x-experiment", name), ("x-arm", self.variant), ("x-exposure-id", self.id)
 
-    def ended(self, error: BaseException | None) -> None:
-        """Record it, unless it is."""
+    def answered(self) -> None:
+        """Record it once this turn of the event loop is over, in which the answer is sent."""
+        asyncio.get_running_loop().call_soon(self.ended, None, perf_counter())
+
+    def ended(self, error: BaseException | None, at: float = 0.0) -> None:
+        """Record that it ended `at`, now where that is not given; unless it is recorded."""
         record, self._record = self._record, None
         if record is None:
             return
-        engine = self.engine
+        engine, at = self.engine, at or perf_counter()
         record(
             self,
             Exposed(
@@ -100,10 +104,10 @@ class Exposure(Generic[A]):
                 status=_status(error),
                 prompt_tokens=engine.prompt_tokens,
                 generated_tokens=sum(keeper.generated for keeper in engine.keepers),
-                prepare_ms=1e3 * ((engine.began or perf_counter()) - self._arrived),
+                prepare_ms=1e3 * ((engine.began or at) - self._arrived),
                 queue_ms=1e3 * engine.queue_s,
                 infer_ms=1e3 * engine.infer_s,
-                total_ms=1e3 * (perf_counter() - self._arrived),
+                total_ms=1e3 * (at - self._arrived),
             ),
         )
 
@@ -128,10 +132,10 @@ class Watched:
         self.keepers: list[_Keeper] = []
         self._found: list[Logits] = []
 
-    @property
-    def rows(self) -> list[Logits]:
-        """The logits after each prompt."""
-        return self._found or [keeper.row for keeper in self.keepers if keeper.row is not None]
+    def take_rows(self) -> list[Logits]:
+        """The logits after each prompt, as copies: a row is a part of its batch's, all of which it would hold."""
+        found, self._found = self._found, []
+        return [row.copy() for row in found] or [keeper.row for keeper in self.keepers if keeper.row is not None]
 
     async def run(self, jobs: Collection[Job]) -> list[Done]:
         self.began = perf_counter()
@@ -154,10 +158,9 @@ class Watched:
             raise
         last = max(done, key=lambda each: each.at)
         self.queue_s, self.infer_s = last.queue_s, last.infer_s
-        # Copies: a row is a part of its batch's, all of which it would hold.
-        self._found = [each.row.logits.copy() for each in done if each.row is not None]
+        self._found = [each.row.logits for each in done if each.row is not None]
         if self._exposure.streams:
-            self._exposure.ended(None)
+            self._exposure.answered()
         return done
 
 

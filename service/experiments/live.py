@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 
 from actuary import BadInput
+from export import bundle
 from service.completions_schema import CompletionRequest
 from service.engine import Engine
 from service.errors import ApiError, Invalid, shown
 from service.experiments.counters import Counters
 from service.experiments.definition import Assignment, Definition, Running, parse, read_file
-from service.experiments.exposure import A, Exposure
+from service.experiments.exposure import A, Exposure, Logits
 from service.experiments.outcomes import Kept, KeptRows, log_loss
 from service.experiments.records import Exposed, Outcome
 from service.experiments.shadow import Copy, Shadows
@@ -100,7 +101,10 @@ class Experiments:
     # --- a request
 
     def expose(self, asked: A, request: Request) -> Exposure[A] | None:
-        """Its exposure, where its model is an experiment; None where it is variants. 10 us."""
+        """Its exposure, where its model is an experiment; None where it is variants.
+
+        An exposure costs 20 us in all, 44 at V = 50257, whose rows are kept; naming a variant beside experiments 0.3.
+        """
         running = self._running
         if not running:
             return None
@@ -131,12 +135,12 @@ class Experiments:
 
     def _exposed(self, exposure: Exposure[A], record: Exposed) -> None:
         self._add(record)
-        rows = exposure.engine.rows
+        rows: list[Logits] = exposure.engine.take_rows()
         if record.status != 200 or not rows:
             return
         definition, variants = exposure.running.definition, self._library.variants
         if self._settings.outcome_mb:
-            kept = Kept(definition.name, exposure.running.id, variants[record.variant], record.key_hash, list(rows))
+            kept = Kept(definition.name, exposure.running.id, variants[record.variant], record.key_hash, [*rows])
             self._rows.keep(record.id, kept)
         for shadow in definition.shadows:
             self._shadows.offer(
@@ -200,6 +204,7 @@ class Experiments:
             "shadows": list(definition.shadows),
             "context": min(arm.context for arm in arms),
             "vocab_size": arms[0].vocab_size,
+            "files": {bundle.TOKENIZER: arms[0].files[bundle.TOKENIZER]},  # which all arms share
         }
 
     def tokenizer_of(self, model: str) -> str:

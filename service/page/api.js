@@ -26,7 +26,15 @@ function once(path) {
 export const models = once("/v1/models");
 export const activations = once("/v1/activations");
 
-export function nextToken(asked, signal) {
-  const headers = { "content-type": "application/json" };
-  return ask("/v1/next-token", { method: "POST", headers, body: JSON.stringify(asked), signal });
-}
+const post = (path, asked, signal) => ask(path, {
+  method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(asked), signal,
+});
+
+export const nextToken = (asked, signal) => post("/v1/next-token", asked, signal);
+
+const COMPARISONS = "/v1/comparisons";
+export const comparisons = () => ask(COMPARISONS);
+export const comparison = (id) => ask(`${COMPARISONS}/${encodeURIComponent(id)}`);
+export const startComparison = (asked) => post(COMPARISONS, asked);
+export const stopComparison = (id) => ask(`${COMPARISONS}/${encodeURIComponent(id)}`, { method: "DELETE" });
+export const reportOf = (id) => `${COMPARISONS}/${encodeURIComponent(id)}/report`;

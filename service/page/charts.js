@@ -27,6 +27,34 @@ const REACH = { y: [-2.6, 4.4], slope: [-1, 2.6] };
 const DASHES = ["solid", "dash", "dot"];
 const line = (variable, width, dash) => ({ color: css(variable), width, dash, simplify: false });
 
+const touch = () => matchMedia("(hover: none)").matches; // there a drag must scroll the page
+
+/** What every chart with axes has, in the colours of now. */
+export function shell() {
+  return {
+    showlegend: false, hovermode: "closest", dragmode: touch() ? false : "zoom",
+    paper_bgcolor: "transparent", plot_bgcolor: "transparent",
+    font: { family: css("--sans"), color: css("--ink"), size: 13 },
+    hoverlabel: { bgcolor: css("--raised"), bordercolor: css("--line"), font: { color: css("--ink"), size: 13 } },
+    modebar: { bgcolor: "transparent", color: css("--muted"), activecolor: css("--ink") },
+  };
+}
+
+export function axis() {
+  return {
+    gridcolor: css("--grid"), zerolinecolor: css("--zero"), zerolinewidth: 1, fixedrange: touch(),
+    tickfont: { color: css("--muted"), size: 12 }, ticklabelstandoff: 8,
+  };
+}
+
+export function config() {
+  return {
+    responsive: true, displaylogo: false, displayModeBar: touch() ? false : "hover",
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+    showSendToCloud: false, plotlyServerURL: "", // since 4.0 Plotly offers to send a chart to its makers
+  };
+}
+
 /** The lines of `chosen` [{name, curve, slot}] over each other; `field` is y or slope. The slot says the colour. */
 export async function overlay(element, chosen, field) {
   const Plotly = await plotly();
@@ -34,26 +62,12 @@ export async function overlay(element, chosen, field) {
     type: "scatter", mode: "lines", name, x: curve.x, y: curve[field], hovertemplate: "%{y:.4f}",
     line: line(colour(name, slot), 2.2, DASHES[Math.floor(slot / HUES) % DASHES.length]),
   }));
-  const touch = matchMedia("(hover: none)").matches; // there a drag must scroll the page
-  const axis = {
-    gridcolor: css("--grid"), zerolinecolor: css("--zero"), zerolinewidth: 1, fixedrange: touch,
-    tickfont: { color: css("--muted"), size: 12 }, ticklabelstandoff: 8,
-  };
   const layout = {
-    margin: { l: 40, r: 12, t: 12, b: 32 }, showlegend: false, hovermode: "x unified", dragmode: touch ? false : "zoom",
-    paper_bgcolor: "transparent", plot_bgcolor: "transparent",
-    font: { family: css("--sans"), color: css("--ink"), size: 13 },
-    xaxis: { ...axis, range: X, hoverformat: ".2f", showspikes: false, unifiedhovertitle: { text: "x = %{x}" } },
-    yaxis: { ...axis, range: visibleRange(traces, REACH[field]) },
-    hoverlabel: { bgcolor: css("--raised"), bordercolor: css("--line"), font: { color: css("--ink"), size: 13 } },
-    modebar: { bgcolor: "transparent", color: css("--muted"), activecolor: css("--ink") },
+    ...shell(), margin: { l: 40, r: 12, t: 12, b: 32 }, hovermode: "x unified",
+    xaxis: { ...axis(), range: X, hoverformat: ".2f", showspikes: false, unifiedhovertitle: { text: "x = %{x}" } },
+    yaxis: { ...axis(), range: visibleRange(traces, REACH[field]) },
   };
-  const config = {
-    responsive: true, displaylogo: false, displayModeBar: touch ? false : "hover",
-    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
-    showSendToCloud: false, plotlyServerURL: "", // since 4.0 Plotly offers to send a chart to its makers
-  };
-  await Plotly.react(element, traces, layout, config);
+  await Plotly.react(element, traces, layout, config());
 }
 
 /** A thumbnail: the curve, its slope fainter behind it, in the same window for every activation. */

@@ -2,10 +2,11 @@
 
 import * as activations from "./activations.js";
 import * as address from "./address.js";
+import * as compare from "./compare.js";
 import * as nextToken from "./next-token.js";
 import * as quality from "./quality.js";
 
-const VIEWS = { "next-token": nextToken, activations, quality };
+const VIEWS = { "next-token": nextToken, activations, quality, compare };
 
 function show() {
   const { view, fields } = address.read();

@@ -16,6 +16,23 @@ export function milliseconds(ms) {
   return ms < 10 ? ms.toFixed(2) : ms < 100 ? ms.toFixed(1) : ms.toFixed(0);
 }
 
+/** +2.1 % of the ratio 1.021. */
+export function percent(ratio) {
+  const points = (Math.round((ratio - 1) * 1000) / 10 + 0).toFixed(1);
+  return `${points.startsWith("-") ? "" : "+"}${points} %`;
+}
+
+/** +2.1 % [1.2, 3.0] of {ratio, low, high}; a dash where it was not measured. */
+export function interval(measure) {
+  if (measure?.ratio == null) return "–";
+  const end = (ratio) => (Math.round((ratio - 1) * 1000) / 10 + 0).toFixed(1);
+  const { ratio, low, high } = measure;
+  return `${percent(ratio)} ${low == null || high == null ? "[open]" : `[${end(low)}, ${end(high)}]`}`;
+}
+
+/** 2026-11-21 22:00 UTC, of what the API has in ISO 8601. */
+export const when = (iso) => iso.replace("T", " ").replace(/:\d\d(\.\d+)?(\+00:00|Z)$/, " UTC");
+
 const MARKS = { " ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍" };
 // Runs of one blank or control character, and everything between them.
 const PIECES = /([\s\p{C}])\1*|[^\s\p{C}]+/gu;

@@ -1,0 +1,66 @@
+"""What may be asked of a comparison: the body of POST /v1/comparisons, with the limits of `actuary compare`."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from service.errors import Invalid, shown
+from service.library import Library
+from service.schema import Request
+
+LEAST_RATE = 5.0  # fewer leave a block of a second without a median to speak of, so that `actuary compare` refuses them
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _variants(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise PydanticCustomError("variants", "must be a list of names")
+    twice = next((name for name, times in Counter(value).items() if times > 1), None)
+    if twice is not None:
+        raise PydanticCustomError(
+            "variants", "names {name} twice; the baseline enters twice by itself", {"name": shown(twice)}
+        )
+    if len(value) < 2:
+        raise PydanticCustomError("variants", "must name two variants or more; one alone is nothing to compare")
+    return value
+
+
+class ComparisonRequest(Request):
+    """Two served variants or more, under load in turn."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"variants": ["gelu", "swiglu"], "baseline": "gelu", "minutes": 3, "users": 4}]}
+    )
+
+    variants: Annotated[list[str], PlainValidator(_variants, json_schema_input_type=list[str])]
+    baseline: str | None = Field(None, description="What the others are compared with; the first, if not given.")
+    minutes: Positive = Field(5.0, description="Of load at most.")
+    users: int | None = Field(None, ge=1, le=10_000, description="At once, in a closed loop; 4, if not given.")
+    rate: float | None = Field(
+        None, ge=LEAST_RATE, allow_inf_nan=False, description="Poisson arrivals per second, in place of a closed loop."
+    )
+    equivalence: float = Field(0.02, gt=0, lt=1, description="A difference that does not matter, as a share.")
+
+    def check(self, library: Library) -> None:
+        """ApiError where the service does not have what is named."""
+        for name in self.variants:
+            library.one(name)
+        if self.baseline is not None and self.baseline not in self.variants:
+            known = ", ".join(self.variants)
+            raise Invalid(f"baseline {shown(self.baseline)} is not among the variants {known}", "baseline")
+
+    def command(self, url: str, folder: Path) -> list[str]:
+        """It ends, judged, when this process does."""
+        words = [sys.executable, "-m", "actuary", "compare", "--with-parent", "--url", url, "--out", str(folder)]
+        words += ["--variants", ",".join(self.variants), "--minutes", repr(self.minutes)]
+        words += ["--equivalence", repr(self.equivalence)]
+        for option in ("baseline", "users", "rate"):
+            if (value := getattr(self, option)) is not None:
+                words += [f"--{option}", str(value)]
+        return words
