@@ -15,7 +15,7 @@ from export.bundle import read_manifest
 from loadtest.compare import trials
 from loadtest.compare.arms import Arms
 from loadtest.compare.options import ANSWERS, BLOCK_S, SETTLE_S, block_of
-from loadtest.compare.workloads import Request, Workload
+from loadtest.compare.workloads import Bodies, Request, Workload
 
 
 def _said(outcome: str, low: float | None, high: float | None, fit: bool = True) -> dict[str, Any]:
@@ -78,10 +78,13 @@ def test_a_twin_is_the_same_bundle_under_another_name(bundles: Path, tmp_path: P
 
 def test_turns_ask_a_b_b_a_and_their_ratio_is_of_medians() -> None:
     with standing_in(["fast", "slow"]) as server:
-        turns = trials.in_turns(server.url, ["fast", "slow"], 0.2)
+        workload = Workload("test", tuple(Request((9,) * size) for size in range(20, 30)), vocab_size=1000)
+        turns = trials.in_turns(server.url, Bodies(workload, ["fast", "slow"]), ["fast", "slow"], 0.2)
         models = [model for model, _ in server.seen]
-    assert models == ["fast", "slow", "slow", "fast"] * len(turns)
-    assert all(len(a) == len(b) == 2 for a, b in turns)
+    legs = [models[at : at + trials.LEG] for at in range(0, len(models), trials.LEG)]
+    assert [set(leg) for leg in legs] == [{"fast"}, {"slow"}, {"slow"}, {"fast"}] * len(turns)
+    assert len({str(prompt) for _, prompt in server.seen}) > 0.95 * len(models), "prompts begin anew"
+    assert all(len(a) == len(b) == 2 * (trials.LEG - trials.SETTLING) for a, b in turns)
 
     # Both slow down alike as time goes on, and one answer in four hangs.
     steady = [([10.0 + at, 10.0 + at], [10.5 + 1.05 * at, 900.0 if at % 2 else 10.5 + 1.05 * at]) for at in range(300)]
