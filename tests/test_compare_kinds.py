@@ -36,7 +36,7 @@ def _compare(*arguments: object, cwd: Path) -> dict[str, Any]:
     """Its result."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     command = [*ACTUARY, "compare", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads((cwd / "run" / "result.json").read_text())
 
