@@ -219,7 +219,9 @@ def _count(requests: int) -> Any:
 
 
 def test_workers_share_the_load_and_lose_nothing(stand_in: Server, tmp_path: Path) -> None:
-    arguments = ("--block", "0.5", "--minutes", "0.05", "--rate", "60", "--arrivals", "constant", "--workers", "2")
+    # Without --settle it would ask how long an answer takes, by requests that are in no sample.
+    times = ("--block", "0.5", "--settle", "0.2", "--minutes", "0.05")
+    arguments = (*times, "--rate", "60", "--arrivals", "constant", "--workers", "2")
     code, _, errors = _compare("--url", stand_in.url, *arguments, "--fixed", "--out", "run", cwd=tmp_path)
     assert code == 0, errors
     kept = _whole(tmp_path / "run")
