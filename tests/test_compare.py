@@ -379,7 +379,7 @@ def test_locust_or_a_worker_killed_is_started_again(
     workers: int, killed: str, stand_in: Server, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    process = _started("--url", stand_in.url, *QUICK, *SHORT, "--workers", workers, "--out", "run", cwd=tmp_path)
+    process = _started("--url", stand_in.url, *QUICK, "--workers", workers, "--out", "run", cwd=tmp_path)
     _wait_until(lambda: len(_rounds(run)) >= 1, process)
     _children(process, killed)[0].kill()
     code, _, errors = _ended(process)
