@@ -315,7 +315,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
 def bundles_volume(host: Host) -> Path:
     """The one-shots' result: the service may start when both completed successfully."""
     for service in ("train", "export"):
-        assert host.start(service).wait(timeout=120) == 0, host.log(service)
+        assert host.start(service).wait(timeout=600) == 0, host.log(service)
     return host.folder / "bundles"
 
 
@@ -349,7 +349,7 @@ def test_train_and_export_fills_the_volume(bundles_volume: Path) -> None:
 def test_what_is_exported_for_the_gpu_is_what_cuda_takes(host: Host, bundles_volume: Path, tmp_path: Path) -> None:
     gpu = Host(tmp_path, {})
     shutil.copytree(host.folder / "data", gpu.folder / "data", dirs_exist_ok=True)
-    assert gpu.start("export-gpu").wait(timeout=120) == 0, gpu.log("export-gpu")
+    assert gpu.start("export-gpu").wait(timeout=600) == 0, gpu.log("export-gpu")
     for name in ("gelu", "swiglu"):
         manifest = read_manifest(gpu.folder / "bundles" / name)
         assert manifest.flavor == "portable"

@@ -397,7 +397,7 @@ actuary.main(sys.argv[1:])
 
 def test_sigterm_leaves_no_half_written_folder(saved, tmp_path):
     command = [sys.executable, "-c", ENDED, "export", str(saved), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert "ended by SIGTERM" in done.stderr
     assert not list((tmp_path / "out").iterdir())
@@ -406,7 +406,7 @@ def test_sigterm_leaves_no_half_written_folder(saved, tmp_path):
 def test_a_disk_that_is_full_is_told_in_a_line(saved, tmp_path):
     """A limit on a file's size says EFBIG where a full disk says ENOSPC."""
     command = ["bash", "-c", f'ulimit -f 20; exec "$0" "$@" export {saved} --out {tmp_path / "out"}', *ACTUARY]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "actuary: no room left in" in done.stderr
     assert "Traceback" not in done.stderr
@@ -486,7 +486,7 @@ actuary.main(sys.argv[2:])
 def without(packages: str, *arguments: str) -> subprocess.CompletedProcess:
     """The program where these packages are not installed."""
     command = [sys.executable, "-c", WITHOUT, packages, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def test_the_verb_works_where_the_service_is_not_installed(saved, tmp_path):
@@ -524,7 +524,7 @@ def test_a_missing_package_is_named_with_its_remedy(packages, verb, message):
 
 
 def actuary(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([*ACTUARY, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd)
+    return subprocess.run([*ACTUARY, *arguments], capture_output=True, text=True, timeout=600, cwd=cwd)
 
 
 def test_random_weights_of_any_shape(tmp_path):

@@ -134,7 +134,7 @@ def test_weights_of_other_names_are_not_drawn(kinds: Path, tmp_path: Path):
 
 
 def actuary(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*ACTUARY, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([*ACTUARY, *map(str, arguments)], capture_output=True, text=True, timeout=600)
 
 
 def test_inspect_prints_the_audit_and_the_block(kinds: Path, fused: library.Library):

@@ -39,7 +39,7 @@ def stand_in(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 def _load(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "actuary", "load", *arguments]
-    return subprocess.run(command, cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=300)
 
 
 def _environment() -> dict[str, str]:
