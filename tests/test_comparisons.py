@@ -221,7 +221,7 @@ def test_its_limits_are_those_of_the_command() -> None:
         assert (options[name].type.min, options[name].type.min_open) == (0, True)
 
 
-@pytest.mark.parametrize("number", ["1e999", "NaN", "Infinity"])
+@pytest.mark.parametrize("number", ["1e999", "NaN", "Infinity", "1e308"])
 def test_numbers_that_are_none_are_refused(here: tuple[TestClient, Path], number: str) -> None:
     client, folder = here
     body = f'{{"variants": ["gelu", "swiglu"], "minutes": {number}}}'
@@ -342,6 +342,9 @@ def test_no_name_leads_out_over_a_socket(service: tuple[str, Any, Path]) -> None
         ("run.json", "\udcff", "run.json cannot be read"),
         ("run.json", '{"schema": 2, "kind": "compare"}', "another version: its schema is 2"),
         ("progress.json", "[" * 100_000, "progress.json cannot be read"),
+        ("run.json", '{"schema": 1, "design": "x"}', "its design is 'x'"),
+        ("run.json", '{"schema": 1, "started": 5}', "its started is 5"),
+        ("result.json", '{"arms": 5}', "its arms is 5"),
     ],
 )
 def test_a_damaged_one_says_so_and_the_others_are_read(
@@ -359,10 +362,12 @@ def test_a_damaged_one_says_so_and_the_others_are_read(
 def test_a_number_that_json_lacks_is_null(here: tuple[TestClient, Path]) -> None:
     client, folder = here
     result = keep(folder / "old", truth=PAIR, void=(), rounds=8)
-    result["aa"]["low"] = float("nan")
-    (folder / "old" / "result.json").write_text(json.dumps(result))
+    result["aa"] |= {"low": float("nan"), "high": 123456.5}
+    text = json.dumps(result).replace("123456.5", "1e999")
+    (folder / "old" / "result.json").write_text(text)
     answer = client.get("/v1/comparisons/old")
-    assert json.loads(answer.text, parse_constant=pytest.fail)["result"]["aa"]["low"] is None
+    found = json.loads(answer.text, parse_constant=pytest.fail)["result"]["aa"]
+    assert (found["low"], found["high"]) == (None, None)
 
 
 def test_progress_tells_each_round_as_it_was_measured(tmp_path: Path) -> None:

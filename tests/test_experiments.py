@@ -287,6 +287,22 @@ def test_two_processes_share_a_database(bundles: Path, database: str, monkeypatc
             time.sleep(0.05)
 
 
+def test_one_finds_the_database_that_another_makes(
+    bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.experiments.live.LOOK_S", 0.05)
+    database = str(tmp_path / "later.db")
+    with open_client(bundles, database) as one, open_client(bundles, database) as other:
+        assert ask(one).status_code == 404
+        put(other)
+        soon = time.monotonic() + 20
+        while (found := ask(one, "key")).status_code == 404:
+            assert time.monotonic() < soon
+            time.sleep(0.05)
+        assert found.headers["x-arm"] == ask(other, "key").headers["x-arm"]
+        assert sum(arm["exposures"] for arm in verdict(one)["arms"]) >= 1
+
+
 # --- models and metrics ---------------------------------------------------------------------------
 
 

@@ -18,7 +18,8 @@ MANIFEST = "manifest.json"
 def lend_quality(run: dict[str, Any], folder: Path) -> str:
     """Gives each arm of run.json without a quality that of its activation in `folder`; a sentence on what was done."""
     trained = _trained(folder)
-    without = [arm for arm in run["arms"] if not arm["facts"].get("quality")]
+    # An experiment has no activation of its own.
+    without = [arm for arm in run["arms"] if not arm["facts"].get("quality") and "activation" in arm["facts"]]
     given = [arm for arm in without if _key(arm["facts"]) in trained]
     if not given:
         wanted = sorted({arm["facts"]["activation"] for arm in without})

@@ -15,6 +15,7 @@ from service.library import Library
 from service.schema import Request
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MOST_MINUTES = 7 * 24 * 60
 
 
 def _variants(value: Any) -> list[str]:
@@ -39,7 +40,7 @@ class ComparisonRequest(Request):
 
     variants: Annotated[list[str], PlainValidator(_variants, json_schema_input_type=list[str])]
     baseline: str | None = Field(None, description="What the others are compared with; the first, if not given.")
-    minutes: Positive = Field(5.0, description="Of load at most.")
+    minutes: float = Field(5.0, gt=0, le=MOST_MINUTES, description="Of load at most.")
     users: int | None = Field(None, ge=1, le=10_000, description="At once, in a closed loop; 4, if not given.")
     rate: Positive | None = Field(None, description="Poisson arrivals per second, in place of a closed loop.")
     equivalence: float = Field(0.02, gt=0, lt=1, description="A difference that does not matter, as a share.")

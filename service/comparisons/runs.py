@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import fcntl
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -28,6 +29,14 @@ ASKED, RUN, PROGRESS, RESULT, REPORT, LOCK = (
 SCHEMA: Final = 1  # of run.json
 ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 Json = dict[str, Any]
+
+
+# What the list reads, and its type where it is there.
+_TYPES: Final[dict[str, dict[str, type]]] = {
+    ASKED: {"started": str, "failed": str, "variants": list},
+    RUN: {"started": str, "design": dict},
+    RESULT: {"arms": list, "said": list},
+}
 
 
 class Damaged(Exception):
@@ -113,6 +122,12 @@ class _Files:
                 found[name] = _read(folder / name)
             except Damaged as error:
                 found[name], damage = None, str(error)
+        for name, fields in _TYPES.items():
+            content = found[name] or {}
+            for field, kind in fields.items():
+                if not isinstance(content.get(field), kind | None):
+                    found[name], damage = None, f"{name} cannot be used: its {field} is {shown(content[field])}"
+                    break
         schema = (found[RUN] or {}).get("schema", SCHEMA)
         if schema != SCHEMA:
             damage = f"{RUN} was written by another version: its schema is {shown(schema)}, this one reads {SCHEMA}"
@@ -134,7 +149,7 @@ class _Files:
             "models": design.get("models") or asked.get("variants") or [],
             "fit": result.get("fit"),
             "sentences": [arm["sentence"] for arm in arms if isinstance(arm, dict) and "sentence" in arm],
-            "said": [*(sentence for sentence in why if sentence), *result.get("said", [])],
+            "said": [*(sentence for sentence in why if sentence), *(result.get("said") or [])],
         }
 
     def state(self, mine: str | None) -> str:
@@ -158,7 +173,8 @@ def _read(path: Path) -> Json | None:
         if not _within(path):
             raise Damaged(f"{path.name} is a link that leads out of the folder")
         # A number that JSON does not have would make our answer none.
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -166,6 +182,11 @@ def _read(path: Path) -> Json | None:
     if not isinstance(found, dict):
         raise Damaged(f"{path.name} holds no JSON object")
     return found
+
+
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
 
 
 def _locked(path: Path) -> bool:

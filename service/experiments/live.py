@@ -7,6 +7,7 @@ Nothing of a database is imported, and no thread started, before there is an exp
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("actuary.service")
 
 MOST_RUNNING = 64
+LOOK_S = 2.0  # from look to look for a database that is not there yet
 REFRESH_S = 2.0  # until other processes on the same database know what was changed by one of them
 FLUSH_S = 2.0  # how long a verdict waits for what is not written yet
 
@@ -63,6 +65,7 @@ class Experiments:
         self._store: Store | None = None
         self._recorder: Recorder | None = None
         self._started = False
+        self._looking: asyncio.Task[None] | None = None  # for a database that is not there yet
         self._refreshed = 0.0
         self._skipped = set[int]()  # ids of those that cannot run here, which was said
         definitions = read_file(settings.experiments, library) if settings.experiments else []
@@ -85,10 +88,14 @@ class Experiments:
         self._started = True
         if self._store:
             self._record(self._store)
+        else:
+            self._looking = asyncio.get_running_loop().create_task(self._look())
 
     def close(self) -> None:
         """Write what waits; again it does nothing."""
         self._started = False
+        if self._looking:
+            self._looking.get_loop().call_soon_threadsafe(self._looking.cancel)
         self._engine.on_work = None
         self._shadows.close()
         recorder, self._recorder = self._recorder, None
@@ -97,6 +104,23 @@ class Experiments:
         store, self._store = self._store, None
         if store:
             store.close()
+
+    async def _look(self) -> None:
+        """Another process may make the database's file, and begin experiments in it."""
+        while self._store is None:
+            await asyncio.sleep(LOOK_S)
+            if Path(self._settings.database).exists():
+                await asyncio.to_thread(self._appeared)
+
+    def _appeared(self) -> None:
+        try:
+            with self._lock:
+                if self._store is None and self._started:
+                    store = self._open()
+                    self._refresh(store)
+                    self._record(store)
+        except Exception as error:  # it is being made, or is none of ours
+            log.error("the experiments' database %s cannot be used: %s", self._settings.database, error)
 
     # --- a request
 

@@ -54,7 +54,9 @@ class Recorder:
         return True
 
     def flush(self, timeout_s: float) -> None:
-        """Have all written that was added before; Down where that takes longer."""
+        """Have all written that was added before; Down where that takes longer, or the database is away."""
+        if self._down:
+            raise Down(self._down)
         wanted = self._added
         self._wanted.set()
         with self._progress:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
@@ -12,6 +14,10 @@ from service.errors import ApiError, Invalid
 from service.experiments.definition import EQUIVALENCE, loads
 from service.experiments.live import Experiments
 from service.schema import OutcomeRequest
+
+T = TypeVar("T")
+# Of its own: while a database is locked or away, what waits for it must not hold the threads that write large answers.
+_THREADS = ThreadPoolExecutor(2, thread_name_prefix="experiments")
 
 router = APIRouter(prefix="/v1/experiments", tags=["experiments"])
 
@@ -27,6 +33,10 @@ _BODY = {
 def _experiments(request: Request) -> Experiments:
     experiments: Experiments = request.app.state.service.experiments
     return experiments
+
+
+async def _blocking(work: Callable[..., T], *arguments: Any) -> T:
+    return await asyncio.get_running_loop().run_in_executor(_THREADS, work, *arguments)
 
 
 def _json(content: object, status: int = 200) -> Response:
@@ -48,13 +58,13 @@ async def _fields(request: Request) -> Any:
 @router.get("")
 async def get_experiments(request: Request) -> Response:
     """The verdict of every experiment that runs."""
-    return _json({"object": "list", "data": await asyncio.to_thread(_experiments(request).verdicts)})
+    return _json({"object": "list", "data": await _blocking(_experiments(request).verdicts)})
 
 
 @router.get("/{name}")
 async def get_experiment(name: str, request: Request) -> Response:
     """What each arm has been found to cost so far; may be looked at as often as one likes."""
-    return _json(await asyncio.to_thread(_experiments(request).verdict, name))
+    return _json(await _blocking(_experiments(request).verdict, name))
 
 
 @router.post("/{name}", include_in_schema=False)
@@ -62,7 +72,7 @@ async def get_experiment(name: str, request: Request) -> Response:
 async def put_experiment(name: str, request: Request) -> Response:
     """Begin an experiment: 201. As it runs already: 200. Where it runs otherwise, it begins from nothing: 201."""
     experiments = _experiments(request)
-    running, new = await asyncio.to_thread(experiments.begin, name, await _fields(request))
+    running, new = await _blocking(experiments.begin, name, await _fields(request))
     return _json(experiments.summary(running), 201 if new else 200)
 
 
@@ -70,7 +80,7 @@ async def put_experiment(name: str, request: Request) -> Response:
 async def delete_experiment(name: str, request: Request) -> Response:
     """End an experiment. Its records stay in the database; one that is begun later by that name has its own."""
     experiments = _experiments(request)
-    return _json({**experiments.summary(await asyncio.to_thread(experiments.end, name)), "deleted": True})
+    return _json({**experiments.summary(await _blocking(experiments.end, name)), "deleted": True})
 
 
 @router.post("/{name}/outcomes")
