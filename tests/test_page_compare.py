@@ -166,7 +166,8 @@ def test_one_is_started_watched_reloaded_and_stopped_by_keyboard(page: WebDriver
     page.find_element(By.ID, "baseline").send_keys("swiglu")
     amount = page.find_element(By.ID, "amount")
     amount.send_keys(Keys.CONTROL, "a")
-    amount.send_keys("2")
+    amount.send_keys("5")
+    page.find_element(By.ID, "load").send_keys("arrivals")  # blocks of 2 s, which a busy machine does not leave empty
     amount.send_keys(Keys.ENTER)
     until(page, lambda: "run" in hash_fields(page))
     (name,) = hash_fields(page)["run"]

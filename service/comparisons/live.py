@@ -138,12 +138,12 @@ class Comparisons:
             )
 
     async def _watched(self, child: asyncio.subprocess.Process, folder: Path, record: Json) -> None:
-        """Until it ends. Why it failed is kept, where it did."""
+        """Until it ends. Why there is no verdict is kept, where there is none."""
         code = await child.wait()
-        if code and not self._told and code != -signal.SIGTERM:
-            failed = await asyncio.to_thread(_last_words, folder / LOG, code)
+        if code and code != -signal.SIGTERM:
+            why = await asyncio.to_thread(_last_words, folder / LOG, code)
             with contextlib.suppress(OSError):  # no room: then it reads as stopped
-                _write(folder / ASKED, {**record, "failed": failed})
+                _write(folder / ASKED, {**record, "stopped" if self._told else "failed": why})
         self._running = self._child = None
 
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 from service.errors import ApiError, shown
 
 ASKED, RUN, PROGRESS, RESULT, REPORT, LOCK = (
-    "asked.json",  # ours: what was asked, and what the process said where it failed
+    "asked.json",  # ours: what was asked, and what the process said where it `failed` or `stopped` without a verdict
     "run.json",
     "progress.json",
     "result.json",
@@ -139,7 +139,7 @@ class _Files:
         design = run.get("design") or {}
         arms = result.get("arms") or []
         state = self.state(mine)
-        why = [self.damage, asked.get("failed", "") if state == "failed" else ""]
+        why = [self.damage, "" if result else asked.get(state, "")]
         return {
             "id": self.folder.name,
             "object": "comparison",
