@@ -37,14 +37,15 @@ def test_what_comparisons_say_is_counted() -> None:
         **{"slower": 1, "faster": 1, "equivalent": 1, "inconclusive": 3},
         **{"truth": 1.05, "holding": 3},
     }
+    assert trials.counted([{**results[0], "p50": None}], 1.05)["holding"] == 0
     assert "holding" not in trials.counted(results, None)
 
 
 def test_a_killed_series_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    made, deadly = [], 2
 
     def compare(folder: Path, arguments: tuple[str, ...]) -> None:
-        if len(made) == 2:
+        if len(made) == deadly:
             raise ActuaryError("killed")
         made.append((folder.name, arguments))
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,8 +62,10 @@ def test_a_killed_series_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
     stopped = tmp_path / "01" / "result.json"
     stopped.write_text(stopped.read_text().replace("settled", "interrupted"))
     made.clear()
+    deadly = -1
+    (tmp_path / "00" / "busy.json").unlink()  # killed between the two files
     trials.run.main(arguments, standalone_mode=False)
-    seeded = [(name, ("--variants", "a,b", "--seed", str(int(name)))) for name in ("01", "02")]
+    seeded = [(name, ("--variants", "a,b", "--seed", str(int(name)))) for name in ("00", "01", "02")]
     assert made == seeded
     figures = json.loads((tmp_path / "trials.json").read_text())
     assert (figures["runs"], figures["equivalent"], len(figures["trials"])) == (3, 3, 3)

@@ -42,6 +42,7 @@ from loadtest.plan import PROMPTS, served_models
 from loadtest.shared import POSITIVE, machine, write
 
 FIGURES: Final = "trials.json"
+BUSY: Final = "busy.json"  # of one comparison: when it ran, how long, and how busy the machine was
 CHUNKS: Final = 30  # of the truth's turns: its standard error is of their ratios
 # One leg of a turn, and how many of it count not. Of single requests in turns a model of 10 MB finds the processor's
 # caches full of the other's weights: 1.5 ms instead of 1.05, and a model of a twelfth more layers 8 % slower, not 12.
@@ -87,8 +88,9 @@ def run(out: Path, runs: int, truth: float | None, arguments: tuple[str, ...]) -
 
 def _complete(folder: Path) -> bool:
     """A comparison that was stopped has a result too, of what it had."""
-    result = folder / RESULT
-    return result.exists() and json.loads(result.read_text(encoding="utf-8"))["ended"] != "interrupted"
+    if not (folder / BUSY).exists():  # written last
+        return False
+    return bool(json.loads((folder / RESULT).read_text(encoding="utf-8"))["ended"] != "interrupted")
 
 
 def _compare(folder: Path, arguments: Sequence[str]) -> None:
@@ -99,16 +101,16 @@ def _compare(folder: Path, arguments: Sequence[str]) -> None:
     if ended.returncode:
         raise ActuaryError(f"`actuary compare` ended with exit code {ended.returncode}; mend it, and run this again")
     busy |= {"took_s": round(time.time() - busy["began"], 1), "load_average_after": os.getloadavg()[0]}
-    write(folder / "busy.json", json.dumps(busy) + "\n")
+    write(folder / BUSY, json.dumps(busy) + "\n")
 
 
 def _told(folder: Path) -> dict[str, Any]:
     """What one comparison of two variants says."""
     result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     (arm,) = result["arms"]
-    kept = {name: arm[name] for name in ("outcome", "differs", "p50", "smallest_seen", "sentence")}
+    kept = {name: arm.get(name) for name in ("outcome", "differs", "p50", "smallest_seen", "sentence")}
     kept |= {name: result[name] for name in ("fit", "aa", "rounds", "void_rounds", "looks", "ended")}
-    return {**kept, **json.loads((folder / "busy.json").read_text(encoding="utf-8"))}
+    return {**kept, **json.loads((folder / BUSY).read_text(encoding="utf-8"))}
 
 
 def counted(results: Sequence[dict[str, Any]], truth: float | None) -> dict[str, Any]:
@@ -127,8 +129,10 @@ def counted(results: Sequence[dict[str, Any]], truth: float | None) -> dict[str,
     return told
 
 
-def _holds(found: dict[str, float | None], truth: float) -> bool:
-    """An end that is open holds everything on its side."""
+def _holds(found: dict[str, float | None] | None, truth: float) -> bool:
+    """An end that is open holds everything on its side; where nothing was measured, nothing is held."""
+    if found is None:
+        return False
     low, high = found["low"], found["high"]
     return (low is None or low <= truth) and (high is None or truth <= high)
 
