@@ -40,7 +40,7 @@ class Runtime:
         self._asked = provider
         self._cuda = provider != "cpu"
         # By layers, C, V, context and precision: for how many tokens all cores are faster than one. Timed once for all
-        # models of a shape: in a busy moment one of two equal ones was given all cores by chance, and was 10 % faster.
+        # models of a shape: timed apart, a busy moment could give one of two equal ones all cores, and not the other.
         self.wide_at: dict[tuple[int, int, int, int, str], tuple[int, ...]] = {}
         self.no_cuda = ""  # why `auto` runs on the CPU; empty where it does not
         self._preload_said = ""
