@@ -34,7 +34,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def judged(folder: Path, **more: Any) -> Path:
     kept = store.read(folder)
-    result = verdict.judge(kept.run, kept.blocks, margin=kept.run["design"]["equivalence"])
+    result = verdict.judge(kept.run, kept.blocks, kept.samples, margin=kept.run["design"]["equivalence"])
     document = {"schema": 1, "kind": "compare", **result, "ended": "minutes", "said": [], **more}
     (folder / "result.json").write_text(json.dumps(document), encoding="utf-8")
     return folder

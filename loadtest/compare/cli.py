@@ -302,7 +302,7 @@ def result_of(folder: Path, ended: str, said: list[str]) -> dict[str, Any]:
     from loadtest.compare import verdict  # scipy takes a second
 
     design = Design.of_json(kept.run["design"])
-    judged = verdict.judge(kept.run, kept.blocks, margin=design.equivalence, seed=design.seed)
+    judged = verdict.judge(kept.run, kept.blocks, kept.samples, margin=design.equivalence, seed=design.seed)
     return {
         "schema": store.SCHEMA,
         "kind": store.KIND,

@@ -72,7 +72,7 @@ def _comparison(
     if quality_from:
         note = lent.lend_quality(run.run, quality_from)
         design = run.run["design"]
-        judged = verdict.judge(run.run, run.blocks, margin=design["equivalence"], seed=design["seed"])
+        judged = verdict.judge(run.run, run.blocks, run.samples, margin=design["equivalence"], seed=design["seed"])
         result = {**result, **judged, "said": [*result["said"], note]}
     if old is None:
         return report.write_files(folder, run, result), result
