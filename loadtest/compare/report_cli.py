@@ -55,7 +55,7 @@ def report_(
         raise BadInput(f"{option} is for runs of `actuary compare`; {folder} holds none: there is no {store.RUN}")
     else:
         written, document = _load(folder)
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if json_file == "-":
         click.echo(text, nl=False)
     elif json_file:
