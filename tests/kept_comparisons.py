@@ -31,7 +31,13 @@ def keep(folder: Path, ended: str = "settled", drawn: bool = False, **spec: Any)
     write_run(folder, **spec)
     run = store.read(folder)
     design = Design.of_json(run.run["design"])
-    result = {"schema": 1, "kind": "compare", **verdict.judge(run.run, run.blocks), "ended": ended, "said": []}
+    result = {
+        "schema": 1,
+        "kind": "compare",
+        **verdict.judge(run.run, run.blocks, run.samples),
+        "ended": ended,
+        "said": [],
+    }
     (folder / "result.json").write_text(json.dumps(result))
     progress = Written(folder, design, Silent())
     progress.finished(len(run.rounds), run.blocks)

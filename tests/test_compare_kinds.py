@@ -112,7 +112,7 @@ def test_a_sweep_of_rates_is_in_the_result_and_goes_on(
         rows = [row for row in result["sweep"] if row["arm"] == arm]
         assert sum(row["blocks"] for row in rows) == len(steps) - 1  # but for the closed loop
         assert all(row["p50_ms"] > DELAY_MS[arm.removesuffix(AGAIN)] for row in rows)
-        assert {"rate", "low", "high"} == {*result["knee"][arm]}
+        assert {"rate", "low", "high", "few"} == {*result["knee"][arm]}
     assert "Latency against rate" in (tmp_path / "run" / "report.html").read_text()
 
     steps[-1].unlink()

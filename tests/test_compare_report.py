@@ -34,7 +34,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def judged(folder: Path, **more: Any) -> Path:
     kept = store.read(folder)
-    result = verdict.judge(kept.run, kept.blocks, margin=kept.run["design"]["equivalence"])
+    result = verdict.judge(kept.run, kept.blocks, kept.samples, margin=kept.run["design"]["equivalence"])
     document = {"schema": 1, "kind": "compare", **result, "ended": "minutes", "said": [], **more}
     (folder / "result.json").write_text(json.dumps(document), encoding="utf-8")
     return folder
@@ -285,11 +285,13 @@ def test_sweep_and_profile_are_drawn_where_they_are(stored: Path, tmp_path: Path
          "kept_plan": rate < 300, "blocks": 4}
         for arm, rate, p99 in (("gelu", 50, 6.0), ("gelu", 300, 80.0), ("swiglu", 50, 6.3), ("swiglu", 300, None))
     ]  # fmt: skip
-    beyond = {"rate": None, "low": 90.0, "high": None}
+    beyond = {"rate": None, "low": 90.0, "high": None, "few": False}
+    few = {"rate": 120.0, "low": None, "high": None, "few": True}
     sweep = {
         "sweep": rows, "objective_ms": 25.0, "objective_given": True,
-        "knee": {"gelu": {"rate": 210.0, "low": 190.0, "high": 230.0}, "swiglu": beyond},
-        "goodput": {"gelu": {"rate": 300, "per_s": 270.0}, "swiglu": {"rate": 50, "per_s": 45.0}},
+        "knee": {"gelu": {"rate": 210.0, "low": 190.0, "high": 230.0}, "swiglu": beyond, "relu": few},
+        "goodput": {"gelu": {"rate": 300, "per_s": 270.0}, "swiglu": {"rate": 50, "per_s": 45.0},
+                    "relu": {"rate": 50, "per_s": 45.0}},
     }  # fmt: skip
     folder = copy(stored, tmp_path, **sweep, ffn_share={"gelu": share, "swiglu": share})
     code, _, errors = report_of(folder)
@@ -297,6 +299,7 @@ def test_sweep_and_profile_are_drawn_where_they_are(stored: Path, tmp_path: Path
     markdown = (folder / "report.md").read_text()
     assert "| gelu | 210 | 190 to 230 | 270 at 300/s |" in markdown
     assert "| swiglu | not reached | 90 to not reached | 45 at 50/s |" in markdown
+    assert "| relu | 120 | too few blocks | 45 at 50/s |" in markdown
     assert "| gelu | 60.0% | 10.0% | 30.0% | 6.0% | 4.0% |" in markdown
     drawn = {part.title: part.figure for part in parts_of(folder) if part.figure}
     p99 = {trace.name: trace for trace in drawn["Latency against rate"].data if trace.showlegend and trace.x}

@@ -5,6 +5,7 @@ Nothing here waits: the sweep's clock is the queues' own, so that no busy machin
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from compare_runs import TRUTH, write_run
 from kept_comparisons import Silent
 
 import loadtest.compare.sweep as sweeping
-from loadtest.compare import store
+from loadtest.compare import driver, store
 from loadtest.compare.design import Design, Visit
 from loadtest.compare.driver import Comparison
 from loadtest.compare.generator import Place, Seen
@@ -80,8 +82,13 @@ def test_with_constant_arrivals_the_knee_is_the_capacity() -> None:
 
 def test_a_knee_outside_of_the_rates_is_not_made_up() -> None:
     blocks = _blocks("a", [40, 60, 80], 10, window_s=20, poisson=False)
-    assert knees(blocks, bound_ms=50, seed=0)["a"] == {"rate": None, "low": None, "high": None}  # never over it
-    assert knees(blocks, bound_ms=5, seed=0)["a"] == {"rate": None, "low": None, "high": None}  # always
+    assert knees(blocks, bound_ms=50, seed=0)["a"] == {
+        "rate": None,
+        "low": None,
+        "high": None,
+        "few": False,
+    }  # never over it
+    assert knees(blocks, bound_ms=5, seed=0)["a"] == {"rate": None, "low": None, "high": None, "few": False}  # always
 
 
 def test_one_disturbed_block_at_a_low_rate_does_not_end_the_curve() -> None:
@@ -113,6 +120,30 @@ def test_the_bound_that_nobody_gave_is_the_baselines_for_all() -> None:
     blocks = _blocks("a", [40, 80], 10, window_s=20, poisson=False) + _blocks("b", [40], 12, window_s=20, poisson=False)
     assert bound_of(blocks, "a") == pytest.approx(50, rel=0.01)
     assert bound_of(blocks, "b") == pytest.approx(60, rel=0.01)
+
+
+def _exponential(rate: float, mean_ms: float, order: np.random.Generator) -> Block:
+    return Block("a", rate, 2.0, order.exponential(mean_ms, 100), 100, 0)
+
+
+def test_one_block_at_each_rate_gives_no_interval_and_says_so() -> None:
+    order = np.random.default_rng(5)
+    alone = [_exponential(rate, mean_ms, order) for rate, mean_ms in ((50, 5.0), (60, 10.0), (70, 30.0), (80, 60.0))]
+    knee = knees(alone, bound_ms=80, seed=0)["a"]
+    assert 60 < knee["rate"] < 70
+    assert knee == {"rate": knee["rate"], "low": None, "high": None, "few": True}
+    # A second block at a rate beside the knee is something to go by, one far from it is not.
+    assert knees([*alone, _exponential(80, 60, order)], bound_ms=80, seed=0)["a"]["few"]
+    assert not knees([*alone, _exponential(70, 30, order)], bound_ms=80, seed=0)["a"]["few"]
+
+
+def test_the_answers_of_a_block_are_drawn_anew_too() -> None:
+    """Equal blocks have no spread among them, but a p99 of 100 answers has much."""
+    order = np.random.default_rng(5)
+    pairs = ((50, 5.0), (60, 10.0), (70, 30.0), (80, 60.0))
+    blocks = [block for rate, mean_ms in pairs for block in [_exponential(rate, mean_ms, order)] * 3]
+    knee = knees(blocks, bound_ms=80, seed=0)["a"]
+    assert knee["high"] - knee["low"] > 1
 
 
 def test_blocks_of_one_rate_are_taken_together() -> None:
@@ -175,8 +206,8 @@ STEP_S = 3 * (sweeping.SETTLE_S + sweeping.BLOCK_S)  # a visit of each of three 
 class _Queues:
     """Stands for Locust: one server, first come first served, that takes a model's `MEAN_MS` for each answer."""
 
-    def __init__(self, clock: list[float], late_ms: Callable[[Visit], float]) -> None:
-        self.clock, self.late_ms = clock, late_ms
+    def __init__(self, clock: list[float], late_ms: Callable[[Visit], float], failing: Callable[[Visit], bool]) -> None:
+        self.clock, self.late_ms, self.failing = clock, late_ms, failing
 
     def __enter__(self) -> _Queues:
         return self
@@ -199,10 +230,11 @@ class _Queues:
             latencies_ms = (np.array(left_s) - planned) * 1000
         self.clock[0] += visit.load_s
         nothing = dict.fromkeys(ROW, math.nan)
+        failure = "refused" if self.failing(visit) else ""
         rows = [
             nothing
             | {"worker": "w0", "prompt": 0, "planned_s": at_s, "at_s": at_s + late_ms / 1000, "latency_ms": latency_ms}
-            | {"late_ms": late_ms, "starved": 0, "tokens": 0, "settling": at_s < visit.settle_s, "failure": ""}
+            | {"late_ms": late_ms, "starved": 0, "tokens": 0, "settling": at_s < visit.settle_s, "failure": failure}
             for at_s, latency_ms in zip(planned.tolist(), latencies_ms.tolist(), strict=True)
         ]
         return Seen(rows, 0.1)
@@ -224,11 +256,17 @@ def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Desi
 
     monkeypatch.setattr(sweeping, "next_rates", thinking)
 
-    def run(steps: int, objective_ms: float | None, late_ms: Callable[[Visit], float] = lambda _: 0.0) -> Design:
-        monkeypatch.setattr(sweeping, "Generator", lambda *_: _Queues(clock, late_ms))
+    def run(
+        steps: int,
+        objective_ms: float | None,
+        late_ms: Callable[[Visit], float] = lambda _: 0.0,
+        failing: Callable[[Visit], bool] = lambda _: False,
+        ended: str = "",
+    ) -> Design:
+        monkeypatch.setattr(sweeping, "Generator", lambda *_: _Queues(clock, late_ms, failing))
         workload, place = Workload("", (Request("x"),), 10), Place()
         comparison = Comparison(design, workload, folder, "", None, None, lambda _: None, place, Silent())
-        assert sweeping.measure(comparison, steps * STEP_S / 60, objective_ms) == ""
+        assert sweeping.measure(comparison, steps * STEP_S / 60, objective_ms) == ended
         return design
 
     return run
@@ -254,7 +292,7 @@ def test_a_sweep_finds_what_a_server_carries(
         assert all(row["kept_plan"] for row in rows)
         assert capacity * 0.97 <= result["knee"][arm]["rate"] <= capacity * 1.05
         assert capacity * 0.9 <= result["goodput"][arm]["per_s"] <= capacity * 1.05
-    assert sweeping.said(tmp_path / "run", design) == []
+    assert sweeping.said(tmp_path / "run", design, None) == []
 
 
 def test_a_sweep_goes_on_where_it_was_killed(swept: Callable[..., Design], tmp_path: Path) -> None:
@@ -287,7 +325,7 @@ def test_a_client_too_slow_for_the_baseline_leaves_no_result_and_says_so(
     design = swept(steps, None, lambda visit: 60.0 if visit.model == "gelu" else 0.0)
     assert len(_steps(tmp_path / "run")) == steps
     assert sweeping.result(tmp_path / "run", design, None) == {}
-    slow, nothing = sweeping.said(tmp_path / "run", design)
+    slow, nothing = sweeping.said(tmp_path / "run", design, None)
     assert slow.startswith(f"{2 * (steps - 1)} of {3 * (steps - 1)} blocks of the sweep of rates do not count: client")
     assert "no block of gelu counts" in nothing
     # One that counts is enough.
@@ -295,4 +333,46 @@ def test_a_client_too_slow_for_the_baseline_leaves_no_result_and_says_so(
     assert [
         row["blocks"] for row in sweeping.result(tmp_path / "run", design, None)["sweep"] if row["arm"] == "gelu"
     ] == [1]
-    assert len(sweeping.said(tmp_path / "run", design)) == 1
+    assert len(sweeping.said(tmp_path / "run", design, None)) == 1
+
+
+def test_each_request_of_a_step_is_kept_with_the_time_at_which_it_left(
+    swept: Callable[..., Design], tmp_path: Path
+) -> None:
+    swept(2, 60)
+    samples = pl.read_parquet(_steps(tmp_path / "run")[1].with_suffix(".parquet"))
+    first = samples.group_by("position").agg(pl.col("planned_s").min()).sort("position")["planned_s"].to_list()
+    assert first == pytest.approx([position * (sweeping.SETTLE_S + sweeping.BLOCK_S) for position in range(3)])
+
+
+def test_a_server_that_dies_in_a_sweep_ends_it_and_its_step_is_not_kept(
+    swept: Callable[..., Design], tmp_path: Path
+) -> None:
+    """No server listens at the comparison's URL: a request that failed says that it is gone."""
+    steps = 1 + len(FIRST_PASS) + len(AROUND)
+    died = iter([False] * (3 * (steps - 2) + 1) + [True] * 3)
+    design = swept(
+        steps,
+        60,
+        failing=lambda _: next(died),
+        ended="the sweep of rates ended early: the server at  no longer answers",
+    )
+    assert len(_steps(tmp_path / "run")) == steps - 2
+    swept(steps, 60)
+    assert len(_steps(tmp_path / "run")) == steps
+    assert all(row["kept_plan"] for row in sweeping.result(tmp_path / "run", design, 60)["sweep"])
+
+
+def test_a_baseline_that_answers_nothing_leaves_no_result_and_says_so(
+    swept: Callable[..., Design], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is served, but refuses: where nobody gave an objective there is no bound, and no JSON has an infinite one."""
+    monkeypatch.setattr(driver, "ready", lambda url: True)
+    design = swept(4, None, failing=lambda visit: visit.rate is not None and visit.model == "gelu")
+    assert sweeping.result(tmp_path / "run", design, None) == {}
+    (sentence,) = sweeping.said(tmp_path / "run", design, None)
+    assert "gelu answered nothing at its lowest rate" in sentence
+    result = sweeping.result(tmp_path / "run", design, 60.0)  # somebody gave one
+    assert result["objective_ms"] == 60
+    json.dumps(result, allow_nan=False)
+    assert sweeping.said(tmp_path / "run", design, 60.0) == []

@@ -61,7 +61,7 @@ def compare(context: click.Context, /, **given: Any) -> None:
     console = Console(stderr=True)
     with _tidy(folder, keep=resumed), store.locked(folder):
         result = _measured(arguments, folder, resumed, console)
-    document = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    document = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write(folder / RESULT, document)
     from loadtest.compare import report  # plotly takes a second
 
@@ -302,15 +302,16 @@ def result_of(folder: Path, ended: str, said: list[str]) -> dict[str, Any]:
     from loadtest.compare import verdict  # scipy takes a second
 
     design = Design.of_json(kept.run["design"])
-    judged = verdict.judge(kept.run, kept.blocks, margin=design.equivalence, seed=design.seed)
+    objective_ms = kept.run["arguments"].get("objective_ms")
+    judged = verdict.judge(kept.run, kept.blocks, kept.samples, margin=design.equivalence, seed=design.seed)
     return {
         "schema": store.SCHEMA,
         "kind": store.KIND,
         **judged,
         "ended": ended,
-        "said": [*_said(kept), *said, *sweep.said(folder, design), *ffn.said(folder)],
+        "said": [*_said(kept), *said, *sweep.said(folder, design, objective_ms), *ffn.said(folder)],
         "cold": kept.warmup,
-        **sweep.result(folder, design, kept.run["arguments"].get("objective_ms")),
+        **sweep.result(folder, design, objective_ms),
         **ffn.result(folder),
     }
 

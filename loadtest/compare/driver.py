@@ -186,7 +186,7 @@ class _State:
             self.comparison.progress.starting(f"warm-up: {arm}")
             seen = locust.visit(self.design.visit(self.number, arm), lambda *_: None)
             visits.append({"arm": arm, "model": self.design.model_of(arm), **_warm_facts(seen)})
-            self._check_alive(seen)
+            check_alive(self.comparison, seen)
         store.add_warmup(self.comparison.folder, {"at": _now(), "before_round": self.number, "visits": visits})
 
     def _round(self, locust: Generator, meter: Meter) -> None:
@@ -197,7 +197,7 @@ class _State:
             visit = self.design.visit(self.number, arm)
             window = _Window(meter)
             seen = locust.visit(visit, window.on)
-            self._check_alive(seen)
+            check_alive(self.comparison, seen)
             where = {"round": self.number, "position": position, "arm": arm, "model": visit.model}
             began_s = window.at["began"] - self.origin
             facts.append(
@@ -220,12 +220,6 @@ class _State:
         self._check_void(facts)
         self.comparison.progress.finished(self.number, self.blocks)
 
-    def _check_alive(self, seen: Seen) -> None:
-        """A server that is not ours is known to have died by the requests that it left unanswered."""
-        if any(row["failure"] for row in seen.rows) and not ready(self.comparison.url):
-            self.comparison.look()  # ours says how it ended
-            raise ServerDied(f"the server at {self.comparison.url} no longer answers")
-
     def _check_void(self, facts: Sequence[dict[str, Any]]) -> None:
         """An arm whose blocks never count has no pairs, however long it takes."""
         for block in facts:
@@ -238,6 +232,13 @@ class _State:
                 f"of the last {VOID_ROUNDS} rounds no block counts of {reasons}; "
                 f"{self.number} rounds are kept in {self.comparison.folder}"
             )
+
+
+def check_alive(comparison: Comparison, seen: Seen) -> None:
+    """A server that is not ours is known to have died by the requests that it left unanswered."""
+    if any(row["failure"] for row in seen.rows) and not ready(comparison.url):
+        comparison.look()  # ours says how it ended
+        raise ServerDied(f"the server at {comparison.url} no longer answers")
 
 
 class _Window:

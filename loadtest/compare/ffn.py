@@ -40,7 +40,7 @@ def measure(folder: Path, bundles: Path, ops: Path) -> None:
                 kept[model] = _profile(bundle, ops, min(tokens, facts["context"]))
         else:
             kept[model] = {"why": f"it ran with {facts.get('provider')}, and the profile is of the CPU"}
-        write(folder / FILE, json.dumps(kept, indent=2) + "\n")
+        write(folder / FILE, json.dumps(kept, indent=2, allow_nan=False) + "\n")
 
 
 def result(folder: Path) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 The knee is the highest rate at which p99, from the planned time, stays within a bound and the plan is kept. Between
 the rates that were measured it is where the curve of log p99 crosses the bound; the curve is made to rise (isotonic
-regression), so that one disturbed block at a low rate does not end it. Its interval is of the blocks drawn anew.
+regression), so that one disturbed block at a low rate does not end it. Its interval is of the blocks of each rate drawn
+anew, and the answers in each of them. Answers of one block wait for each other, so that alone they say too little of
+how far the next block would be from it: where no rate beside the knee has a second block, there is no interval.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,26 +63,47 @@ def sweep(blocks: Sequence[Block], objective_ms: float) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["arm"], row["rate"]))
 
 
-def knees(blocks: Sequence[Block], bound_ms: float, seed: int) -> dict[str, dict[str, float | None]]:
-    """By arm: `rate`, and the interval `low` to `high`. None for what lies outside of the rates that were measured."""
-    found = {}
+def knees(blocks: Sequence[Block], bound_ms: float, seed: int) -> dict[str, dict[str, float | bool | None]]:
+    """By arm: `rate`, and the interval `low` to `high`. None for what lies outside of the rates that were measured.
+
+    `few`: the rates beside the knee have one block each, too few for an interval.
+    """
+    found: dict[str, dict[str, float | bool | None]] = {}
     for arm in dict.fromkeys(block.arm for block in blocks):
         at_rate = {rate: its for (whose, rate), its in by_rate(blocks).items() if whose == arm}
         order = np.random.default_rng(seed)
+        knee = knee_of(at_rate, bound_ms)
+        if all(len(at_rate[rate]) == 1 for rate in _beside(at_rate, knee)):
+            found[arm] = {"rate": _inside(knee), "low": None, "high": None, "few": True}
+            continue
         again = [
-            knee_of(
-                {rate: [its[i] for i in order.integers(len(its), size=len(its))] for rate, its in at_rate.items()},
-                bound_ms,
-            )
+            knee_of({rate: _drawn_anew(its, order) for rate, its in at_rate.items()}, bound_ms)
             for _ in range(RESAMPLES)
         ]
         # Below all rates is 0, above all is infinity: both have their place in the order.
         low, high = np.quantile(again, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
-        found[arm] = {
-            name: round(float(value), 3) if 0 < value < math.inf else None
-            for name, value in (("rate", knee_of(at_rate, bound_ms)), ("low", low), ("high", high))
-        }
+        found[arm] = {"rate": _inside(knee), "low": _inside(low), "high": _inside(high), "few": False}
     return found
+
+
+def _inside(knee: float) -> float | None:
+    return round(float(knee), 3) if 0 < knee < math.inf else None
+
+
+def _beside(rates: Iterable[float], knee: float) -> list[float]:
+    """The next rate below it and the next above it; one of them where it lies outside of all."""
+    below, above = [rate for rate in rates if rate <= knee], [rate for rate in rates if rate > knee]
+    return [*([max(below)] if below else []), *([min(above)] if above else [])]
+
+
+def _drawn_anew(blocks: Sequence[Block], order: np.random.Generator) -> list[Block]:
+    drawn = [blocks[i] for i in order.integers(len(blocks), size=len(blocks))]
+    return [
+        replace(block, latencies_ms=order.choice(block.latencies_ms, len(block.latencies_ms)))
+        if block.latencies_ms.size
+        else block
+        for block in drawn
+    ]
 
 
 def best_goodput(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -71,4 +71,7 @@ class Written:
         self._known |= changed
         self._written = time.monotonic()
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write(self._path, json.dumps({"schema": SCHEMA, "at": at, **self._known}, ensure_ascii=False) + "\n")
+        write(
+            self._path,
+            json.dumps({"schema": SCHEMA, "at": at, **self._known}, ensure_ascii=False, allow_nan=False) + "\n",
+        )

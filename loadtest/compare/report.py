@@ -92,7 +92,8 @@ def _differences(run: Run, result: Mapping[str, Any]) -> Section:
         f"Over {base}",
         f"p50 of each arm over {base}'s two blocks in the same round; to the right is slower. The intervals hold "
         f"together, and at every look, at {sure:g} %. One that lies within the shaded {margin:g} % shows no difference "
-        "that matters.",
+        "that matters. p50 and the server's own times are of a typical block; p90, p99, mean, answers, tokens and CPU "
+        f"are of all answers together, with the rare slow ones. {base}'s own row is the median of its blocks.",
         charts.forest(result, f"p50 over {base}, %"),
         words.arms_table(run.run, result, run.blocks),
     )
@@ -129,6 +130,8 @@ def _sweep(result: Mapping[str, Any], arms: Sequence[str]) -> list[Section]:
         knee, best = result["knee"].get(arm), result["goodput"].get(arm)
         if knee and best:
             interval = f"{per_s(knee['low'])} to {per_s(knee['high'])}"
+            if knee.get("few"):
+                interval = "too few blocks"
             rows.append(
                 (words.name_of(arm), per_s(knee["rate"]), interval, f"{best['per_s']:.4g} at {best['rate']:g}/s")
             )

@@ -55,7 +55,7 @@ def report_(
         raise BadInput(f"{option} is for runs of `actuary compare`; {folder} holds none: there is no {store.RUN}")
     else:
         written, document = _load(folder)
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if json_file == "-":
         click.echo(text, nl=False)
     elif json_file:
@@ -72,7 +72,7 @@ def _comparison(
     if quality_from:
         note = lent.lend_quality(run.run, quality_from)
         design = run.run["design"]
-        judged = verdict.judge(run.run, run.blocks, margin=design["equivalence"], seed=design["seed"])
+        judged = verdict.judge(run.run, run.blocks, run.samples, margin=design["equivalence"], seed=design["seed"])
         result = {**result, **judged, "said": [*result["said"], note]}
     if old is None:
         return report.write_files(folder, run, result), result

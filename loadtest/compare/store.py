@@ -89,7 +89,7 @@ def create(folder: Path, run: dict[str, Any]) -> None:
         (folder / ROUNDS).mkdir(parents=True, exist_ok=True)
         if any((folder / ROUNDS).iterdir()):
             raise BadInput(f"{folder} holds rounds of a run whose {RUN} is gone; name another folder")
-        _write(folder / RUN, json.dumps({"schema": SCHEMA, "kind": KIND, **run}, indent=2, ensure_ascii=False) + "\n")
+        _write(folder / RUN, _json({"schema": SCHEMA, "kind": KIND, **run}, indent=2) + "\n")
     except OSError as error:
         raise BadInput(f"{folder} cannot be made: {error}; name a folder where you may write") from error
 
@@ -130,12 +130,12 @@ def write_round(folder: Path, number: int, samples: pl.DataFrame, facts: dict[st
     part = _part(where)
     samples.match_to_schema(SAMPLES).write_parquet(part, compression="zstd")
     _settle(part, where)
-    _write(where.with_suffix(".json"), json.dumps({"round": number, **facts}, ensure_ascii=False) + "\n")
+    _write(where.with_suffix(".json"), _json({"round": number, **facts}) + "\n")
 
 
 def add_warmup(folder: Path, visits: dict[str, Any]) -> None:
     with (folder / WARMUP).open("a", encoding="utf-8") as file:
-        file.write("\n" + json.dumps(visits, ensure_ascii=False))  # what a kill has torn ends at the new line
+        file.write("\n" + _json(visits))  # what a kill has torn ends at the new line
 
 
 def _warmups(folder: Path) -> list[dict[str, Any]]:
@@ -201,6 +201,11 @@ def blocks_of(samples: pl.DataFrame | pl.LazyFrame, block_facts: Sequence[dict[s
         )
         .sort("round", "position")
     )
+
+
+def _json(record: dict[str, Any], indent: int | None = None) -> str:
+    """JSON has no infinity: other readers refuse what Python would write for it."""
+    return json.dumps(record, indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def _write(path: Path, text: str) -> None:

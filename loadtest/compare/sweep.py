@@ -25,7 +25,7 @@ import polars as pl
 from actuary import BadInput
 from loadtest.compare import store
 from loadtest.compare.design import Design
-from loadtest.compare.driver import Comparison, Interrupted, frame_of, why_void
+from loadtest.compare.driver import Comparison, Interrupted, check_alive, frame_of, why_void
 from loadtest.compare.generator import Generator, GeneratorDied, Seen
 from loadtest.compare.knee import Block, best_goodput, bound_of, by_rate, knee_of, knees, sweep
 from loadtest.compare.server import ServerDied
@@ -144,9 +144,11 @@ def _step(
         said = "what it can carry" if rate is None else f"{rate:g}/s"
         comparison.progress.starting(f"sweep of rates, step {number + 1}: {arm}, {said}")
         visit = replace(design.visit(ROUND + number, arm), rate=rate)
+        began_s = time.monotonic() - began
         seen = locust.visit(visit, lambda *_: None)
+        check_alive(comparison, seen)  # before it is kept: what a dead server does not carry is no knee
         where = {"round": number, "position": position, "arm": arm, "model": visit.model}
-        frames.append(frame_of(seen.rows, where, time.monotonic() - began))
+        frames.append(frame_of(seen.rows, where, began_s))
         facts.append(
             {
                 **where,
@@ -202,7 +204,7 @@ def _slow_client(block: dict[str, Any]) -> bool:
     return str(block["void"]).startswith("client")
 
 
-def said(folder: Path, design: Design) -> list[str]:
+def said(folder: Path, design: Design, objective_ms: float | None) -> list[str]:
     """What a reader must know of the sweep before trusting it: what does not count, and why there may be no result."""
     steps = _read(folder / FOLDER)
     driven = [each for step in steps for each in step["blocks"] if each["rate"] is not None]
@@ -215,7 +217,17 @@ def said(folder: Path, design: Design) -> list[str]:
             f"the sweep of rates says nothing, since no block of {design.baseline} counts; give it more minutes, or a "
             "quieter machine"
         )
+    elif steps and math.isinf(_bound_ms(_blocks(folder / FOLDER), design, objective_ms)):
+        sentences.append(
+            f"the sweep of rates says nothing, since {design.baseline} answered nothing at its lowest rate, which the "
+            "bound is taken from; give one with --objective-ms, or measure again"
+        )
     return sentences
+
+
+def _bound_ms(blocks: Sequence[Block], design: Design, objective_ms: float | None) -> float:
+    """Infinite where nobody gave one and the baseline, at its lowest rate, answered nothing."""
+    return objective_ms or bound_of(blocks, design.baseline)
 
 
 def result(folder: Path, design: Design, objective_ms: float | None) -> dict[str, Any]:
@@ -223,7 +235,9 @@ def result(folder: Path, design: Design, objective_ms: float | None) -> dict[str
     blocks = _blocks(folder / FOLDER)
     if not any(block.arm == design.baseline for block in blocks):
         return {}
-    bound_ms = objective_ms or bound_of(blocks, design.baseline)
+    bound_ms = _bound_ms(blocks, design, objective_ms)
+    if math.isinf(bound_ms):
+        return {}
     rows = sweep(blocks, bound_ms)
     return {
         "sweep": rows,

@@ -3,6 +3,9 @@
 Only the primary measure, p50, decides. Its intervals are corrected for the number of arms and of looks; the other
 measures of an arm are given at the same level as its p50, and claim nothing. Where the A/A arm differs, no outcome
 is claimed.
+
+p50, memory and the server's own times are of a typical block (`statistics.py`). p90, p99, mean, throughput, CPU and
+tokens are of all answers together (`pooled.py`), so that what is slow once in a while is in them.
 """
 
 from __future__ import annotations
@@ -13,10 +16,10 @@ from typing import Any, Final
 
 import polars as pl
 
-from loadtest.compare import statistics
+from loadtest.compare import pooled, statistics
 from loadtest.compare.design import AGAIN, Design
 from loadtest.compare.quality import bits_per_byte
-from loadtest.compare.statistics import LEAST_ROUNDS, Judged
+from loadtest.compare.statistics import LEAST_ROUNDS, Estimate, Judged
 
 Ratio = dict[str, float | None]  # "ratio", "low", "high"
 
@@ -42,12 +45,19 @@ MEASURES: Final = {
 
 
 def judge(
-    run: Mapping[str, Any], blocks: pl.DataFrame, *, margin: float = 0.02, alpha: float = 0.05, seed: int = 0
+    run: Mapping[str, Any],
+    blocks: pl.DataFrame,
+    samples: pl.DataFrame | pl.LazyFrame | None = None,
+    *,
+    margin: float = 0.02,
+    alpha: float = 0.05,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """`run` is run.json, `blocks` what `store.read` makes of the finished rounds.
+    """`run` is run.json, `blocks` and `samples` what `store.read` makes of the finished rounds.
 
-    Every measure is {"ratio", "low", "high"} over the baseline, or null where nothing is known of it; low and high
-    are null where there are too few rounds for an interval, or an early look leaves it open.
+    Every measure is {"ratio", "low", "high"} over the baseline, or null where nothing is known of it, as of p90 and p99
+    without `samples`; low and high are null where there are too few rounds for an interval, or an early look leaves
+    it open.
     """
     design = Design.of_json(dict(run["design"]))
     judged = statistics.judge_primary(blocks, design, alpha, seed)
@@ -55,10 +65,16 @@ def judge(
     facts = {arm["model"]: arm.get("facts") or {} for arm in run["arms"]}
     counted = statistics.whole_rounds(blocks)
     rounds, whole = blocks["round"].n_unique(), counted["round"].n_unique()
+    together = pooled.estimates(counted, samples, design, seed)
     arms = []
     for model in design.models[1:]:
         level = judged[model].level if judged else alpha
-        measures = {name: _measure(counted, column, design, model, level, seed) for name, column in MEASURES.items()}
+        measures = {
+            name: _together(together[model].get(name), level)
+            if name in pooled.MEANS or name in pooled.TAILS
+            else _typical(counted, column, design, model, level, seed)
+            for name, column in MEASURES.items()
+        }
         quality = bits_per_byte(facts, model, design.baseline, alpha)
         claim = _claim(judged.get(model), again, counted, design, margin)
         sentence = _sentence(model, claim, measures["p50"], quality, again, design.baseline, margin, whole)
@@ -106,7 +122,11 @@ def _needs_minutes(primary: Judged, counted: pl.DataFrame, design: Design, margi
     return _finite(max(missing, design.cycle) * float(round_s) / 60)
 
 
-def _measure(counted: pl.DataFrame, column: str, design: Design, arm: str, level: float, seed: int) -> Ratio | None:
+def _together(found: Estimate | None, level: float) -> Ratio | None:
+    return _ratio(Judged(found, level, level)) if found else None
+
+
+def _typical(counted: pl.DataFrame, column: str, design: Design, arm: str, level: float, seed: int) -> Ratio | None:
     if column not in counted.columns:
         return None
     log_ratios = statistics.pairs(counted, column, design.baseline, arm)
