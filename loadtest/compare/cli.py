@@ -143,6 +143,7 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
             with stopping(comparison):
                 ended = measure(comparison, _settled(run))
                 said = _and_then(comparison, arguments) if ended != "interrupted" else []
+                said = [*comparison.said, *said]  # what no round that was kept has said
             progress.starting("judging")
     finally:
         own = comparison.own if comparison else own

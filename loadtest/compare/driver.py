@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import polars as pl
 
-from actuary import ActuaryError
+from actuary import ActuaryError, BadInput
 from loadtest.compare import store
 from loadtest.compare.design import Design, Visit
 from loadtest.compare.generator import Generator, GeneratorDied, Place, Seen
@@ -76,8 +76,10 @@ class Comparison:
             self.own.check()
 
     def renew_server(self) -> None:
-        """In place of one of ours that has died."""
+        """In place of one of ours that has died, or no longer answers: then it still runs, beside the new one."""
         assert self.restart is not None
+        if self.own:
+            self.own.stop()
         self.own = self.restart()
         self.url = self.own.url
         self.own.wait(self.look)
@@ -227,14 +229,18 @@ class _State:
             raise ServerDied(f"the server at {self.comparison.url} no longer answers")
 
     def _check_void(self, facts: Sequence[dict[str, Any]]) -> None:
-        """An arm whose blocks never count has no pairs, however long it takes."""
+        """An arm whose blocks never count has no pairs, however long it takes.
+
+        BadInput where no block of any arm ever counted: that server, or that load, is no comparison's.
+        """
         for block in facts:
             arm = block["arm"]
             self.void_in_a_row[arm] = self.void_in_a_row[arm] + 1 if block["void"] else 0
         never = [block for block in facts if self.void_in_a_row[block["arm"]] >= VOID_ROUNDS]
         if never:
             reasons = "; ".join(f"{block['arm']}: {block['void']}" for block in never)
-            raise ActuaryError(
+            kind = ActuaryError if (self.blocks["void"] == "").any() else BadInput
+            raise kind(
                 f"of the last {VOID_ROUNDS} rounds no block counts of {reasons}; "
                 f"{self.number} rounds are kept in {self.comparison.folder}"
             )
