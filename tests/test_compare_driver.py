@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from test_compare_design import _design, _workload
 
 from actuary import ActuaryError, BadInput
 from loadtest.compare import server, store
+from loadtest.compare.design import Visit
 from loadtest.compare.driver import VOID_ROUNDS, Comparison, _State
-from loadtest.compare.generator import Place
+from loadtest.compare.generator import Place, Seen
+from loadtest.compare.server import Meter
+from loadtest.compare.workloads import Workload
 
 
 class Silent:
@@ -70,18 +74,67 @@ def test_a_server_that_hangs_is_stopped_before_another_is_started(tmp_path: Path
 def test_where_no_block_of_any_arm_counts_the_input_is_bad(well: bool, kind: type, tmp_path: Path) -> None:
     """Exit code 2; where another arm answers well it is that arm's variant which failed: 1."""
     state = _state(_comparison(tmp_path))
-    with pytest.raises(ActuaryError, match="no block counts of .*b: nothing answered") as raised:
-        for number in range(VOID_ROUNDS):
-            facts = [
-                {"round": number, "position": position, "arm": arm, "model": arm[0], "began_s": 1.0, "window_s": 1.0,
-                 "cpu_s": None, "rss_mb": None, "client_cpu_share": 0.1,
-                 "void": "" if well and arm != "b" else "nothing answered: HTTP 503"}
-                for position, arm in enumerate(state.design.arms)
-            ]  # fmt: skip
-            state.blocks = pl.concat([state.blocks, store.blocks_of(pl.LazyFrame(schema=store.SAMPLES), facts)])
-            state._check_void(facts)
+    for number in range(VOID_ROUNDS - 1):
+        state._check_void(_facts_of(state, number, well))
+    last = _facts_of(state, VOID_ROUNDS - 1, well)
+    with pytest.raises(ActuaryError, match=r"no block counts of .*b: nothing answered") as raised:
+        state._check_void(last)
     assert type(raised.value) is kind
-    assert number == VOID_ROUNDS - 1
+
+
+def _facts_of(state: _State, number: int, well: bool) -> list[dict[str, Any]]:
+    """A round whose blocks are void, but for those of all arms except b where those are `well`."""
+    facts = [
+        {"round": number, "position": position, "arm": arm, "model": arm[0], "began_s": 1.0, "window_s": 1.0,
+         "cpu_s": None, "rss_mb": None, "client_cpu_share": 0.1,
+         "void": "" if well and arm != "b" else "nothing answered: HTTP 503"}
+        for position, arm in enumerate(state.design.arms)
+    ]  # fmt: skip
+    state.blocks = pl.concat([state.blocks, store.blocks_of(pl.LazyFrame(schema=store.SAMPLES), facts)])
+    return facts
+
+
+class Replay:
+    """A load that answers each planned request, and keeps which windows it was told."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload, self.windows = workload, list[int]()
+
+    def visit(self, visit: Visit, on: Any) -> Seen:
+        self.windows.append(visit.round)
+        for name in ("began", "block", "ended"):
+            on(name, 0.0)
+        rows = [
+            {"worker": "w0", "prompt": prompt, "planned_s": when_s, "at_s": when_s, "latency_ms": 1.0, "late_ms": 0.0,
+             "starved": 0, "tokens": 0, "settling": when_s < visit.settle_s, "failure": ""}
+            for when_s, prompt in visit.planned(self._workload)
+        ]  # fmt: skip
+        return Seen(rows, 0.1)
+
+
+def test_a_lull_of_recorded_traffic_is_left_out(tmp_path: Path) -> None:
+    """Windows of 1 s, of which the first quarter is discarded: 1 to 6 hold nothing, and 8 only what is discarded."""
+    design = _design(models=("a", "b"), arrivals="recorded", settle_s=0.25, block_s=0.75)
+    workload = _workload(at_s=(0.5, 7.5, 8.1, 9.5))  # begins again after 12.666 s
+    (tmp_path / store.ROUNDS).mkdir()
+    state = _state(_comparison(tmp_path, design, workload))
+    locust = Replay(workload)
+    for _ in range(3):
+        state._round(locust, Meter(None))  # type: ignore[arg-type]
+    assert locust.windows[::3] == [0, 7, 9]
+    assert (state.blocks["void"] == "").all()
+    assert state.blocks["round"].unique().to_list() == [0, 1, 2], "the windows' numbers are not the rounds'"
+
+    rounds = [json.loads(path.read_text()) for path in sorted((tmp_path / store.ROUNDS).glob("*.json"))]
+    resumed = _State(state.comparison, store.Run({}, state.blocks, pl.LazyFrame(), rounds, []))
+    resumed._round(locust, Meter(None))  # type: ignore[arg-type]
+    assert locust.windows[-1] == 20, "goes on where the kept rounds ended; 13.17 s and 20.17 s are discarded"
+
+
+def test_traffic_of_which_nothing_is_ever_due_in_a_block_is_refused(tmp_path: Path) -> None:
+    design = _design(arrivals="recorded", settle_s=0.25, block_s=0.75)  # alone at 0 s, it is replayed each second
+    with pytest.raises(BadInput, match="--settle"):
+        _state(_comparison(tmp_path, design, _workload(at_s=(0.0,))))
 
 
 def test_between_fork_and_exec_no_library_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:

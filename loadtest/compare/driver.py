@@ -151,6 +151,9 @@ class _State:
     def __init__(self, comparison: Comparison, kept: store.Run) -> None:
         self.comparison, self.design = comparison, comparison.design
         self.number, self.blocks = len(kept.rounds), kept.blocks
+        # Of recorded traffic a round sends one window, and its lulls are left out.
+        last = kept.rounds[-1].get("window", self.number - 1) if kept.rounds else -1
+        self.window = self.design.next_window(last + 1, comparison.workload)
         self.origin = 0.0  # of the run's clock, by time.monotonic
         self.void_in_a_row = dict.fromkeys(self.design.arms, 0)
 
@@ -186,7 +189,7 @@ class _State:
         visits = []
         for arm in self.design.order(self.number):
             self.comparison.progress.starting(f"warm-up: {arm}")
-            seen = locust.visit(self.design.visit(self.number, arm), lambda *_: None)
+            seen = locust.visit(self.design.visit(self.window, arm), lambda *_: None)
             visits.append({"arm": arm, "model": self.design.model_of(arm), **_warm_facts(seen)})
             self._check_alive(seen)
         store.add_warmup(self.comparison.folder, {"at": _now(), "before_round": self.number, "visits": visits})
@@ -196,7 +199,7 @@ class _State:
         frames, facts = [], []
         for position, arm in enumerate(self.design.order(self.number)):
             self.comparison.progress.visiting(self.number, position, arm)
-            visit = self.design.visit(self.number, arm)
+            visit = self.design.visit(self.window, arm)
             window = _Window(meter)
             seen = locust.visit(visit, window.on)
             self._check_alive(seen)
@@ -216,9 +219,11 @@ class _State:
             frames.append(frame_of(seen.rows, where, began_s))
         samples = pl.concat(frames)
         said, self.comparison.said = self.comparison.said, []
-        store.write_round(self.comparison.folder, self.number, samples, {"at": began, "blocks": facts, "said": said})
+        told = {"at": began, "window": self.window, "blocks": facts, "said": said}
+        store.write_round(self.comparison.folder, self.number, samples, told)
         self.blocks = pl.concat([self.blocks, store.blocks_of(samples, facts)])
         self.number += 1
+        self.window = self.design.next_window(self.window + 1, self.comparison.workload)
         self._check_void(facts)
         self.comparison.progress.finished(self.number, self.blocks)
 
