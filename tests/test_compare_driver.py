@@ -13,7 +13,7 @@ import pytest
 from test_compare_design import _design, _workload
 
 from actuary import ActuaryError, BadInput
-from loadtest.compare import server, store
+from loadtest.compare import cli, server, store
 from loadtest.compare.design import Visit
 from loadtest.compare.driver import VOID_ROUNDS, Comparison, _State
 from loadtest.compare.generator import Place, Seen
@@ -135,6 +135,19 @@ def test_traffic_of_which_nothing_is_ever_due_in_a_block_is_refused(tmp_path: Pa
     design = _design(arrivals="recorded", settle_s=0.25, block_s=0.75)  # alone at 0 s, it is replayed each second
     with pytest.raises(BadInput, match="--settle"):
         _state(_comparison(tmp_path, design, _workload(at_s=(0.0,))))
+
+
+def test_blocks_that_do_not_count_are_said_by_arm_and_cause() -> None:
+    slow = "client too slow to keep the plan: with users free, p99 of the lateness was {} ms (bound 10 ms)"
+    why = ["", "3 of 60 requests failed: HTTP 503 overloaded", "2 of 61 requests failed: HTTP 503 overloaded",
+           "2 of 61 requests failed: timeout", slow.format(12.5), slow.format(14.1), "nothing sent"]  # fmt: skip
+    blocks = pl.DataFrame({"arm": ["a", "b", "b", "b", "a", "a", "b"], "void": why})
+    assert cli.void_of(blocks) == {
+        ("b", "requests failed: HTTP 503 overloaded"): 2,
+        ("b", "requests failed: timeout"): 1,
+        ("a", "client too slow to keep the plan"): 2,
+        ("b", "nothing sent"): 1,
+    }
 
 
 def test_between_fork_and_exec_no_library_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:

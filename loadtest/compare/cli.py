@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from loadtest.shared import check_json, machine, write
 PACKAGES = ("actuary", "locust", "gevent", "geventhttpclient", "numpy", "polars", "scipy")
 OF_THE_SERVER = ("onnxruntime-gpu", "onnxruntime", "uvicorn")  # where it is our own
 RESULT = "result.json"
+FIGURES = re.compile(r"^\d+ of \d+ |(?<=client too slow to keep the plan): .*")  # of one block, in why it is void
 
 
 @click.command()
@@ -304,23 +306,33 @@ def result_of(folder: Path, ended: str, said: list[str]) -> dict[str, Any]:
 
     design = Design.of_json(kept.run["design"])
     judged = verdict.judge(kept.run, kept.blocks, margin=design.equivalence, seed=design.seed)
+    baseline = {
+        arm: verdict.failed(verdict.failures(kept.blocks, arm)) for arm in design.arms if arm not in design.models[1:]
+    }
+    failed = [f"{arm}: {share}" for arm, share in baseline.items() if share]  # of the others their sentences say it
     return {
         "schema": store.SCHEMA,
         "kind": store.KIND,
         **judged,
         "ended": ended,
-        "said": [*_said(kept), *said, *sweep.said(folder, design), *ffn.said(folder)],
+        "said": [*_said(kept), *failed, *said, *sweep.said(folder, design), *ffn.said(folder)],
         "cold": kept.warmup,
         **sweep.result(folder, design, kept.run["arguments"].get("objective_ms")),
         **ffn.result(folder),
     }
 
 
+def void_of(blocks: pl.DataFrame) -> Counter[tuple[str, str]]:
+    """How many blocks do not count, by arm and by why, without the figures of the single block."""
+    void = blocks.filter(pl.col("void") != "").select("arm", "void").rows()
+    return Counter((arm, FIGURES.sub("", why)) for arm, why in void)
+
+
 def _said(kept: store.Run) -> list[str]:
     """What a reader must know before trusting a figure."""
     said = [sentence for each in kept.rounds for sentence in each["said"]]
-    void = Counter(why.partition(":")[0] for why in kept.blocks["void"] if why)
-    said += [f"{count} blocks do not count: {why}" for why, count in void.most_common()]
+    for (arm, why), count in void_of(kept.blocks).most_common():
+        said.append(f"{count} {'blocks do' if count > 1 else 'block does'} not count of {arm}: {why}")
     share = kept.blocks["client_cpu_share"].median()
     if isinstance(share, float) and share > 0.9:
         said.append(
