@@ -5,15 +5,20 @@ from __future__ import annotations
 import ctypes
 import json
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import psutil
 import pytest
+from compare_runs import TRUTH, write_run
 from test_compare_design import _design, _workload
 
 from actuary import ActuaryError, BadInput
-from loadtest.compare import cli, server, store
+from loadtest import plan as planning
+from loadtest.compare import cli, ffn, report, server, store, verdict
 from loadtest.compare.design import Visit
 from loadtest.compare.driver import VOID_ROUNDS, Comparison, _State
 from loadtest.compare.generator import Place, Seen
@@ -148,6 +153,64 @@ def test_blocks_that_do_not_count_are_said_by_arm_and_cause() -> None:
         ("a", "client too slow to keep the plan"): 2,
         ("b", "nothing sent"): 1,
     }
+
+
+@pytest.mark.parametrize("resumed_when", ["over", "missing"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_it_judges_does_not_throw_the_verdict_away(
+    number: signal.Signals, resumed_when: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a folder whose load is over, and on one whose load ends at once: `measure` is told to find it settled."""
+
+    def change(run: dict[str, Any]) -> None:
+        run["arguments"] = dict.fromkeys(("sweep", "objective_ms", "master")) | {"url": "http://one", "workers": 0}
+        run["design"] |= {"minutes": 0.1 if resumed_when == "over" else 60.0, "fixed": True}
+
+    run = store.run_of(write_run(tmp_path / "run", change, truth={name: TRUTH[name] for name in ("gelu", "relu")}))
+    _workload().write(tmp_path / "run" / store.WORKLOAD)
+    monkeypatch.setattr(planning, "served_models", lambda url: {arm["model"]: arm["facts"] for arm in run["arms"]})
+    monkeypatch.setattr(cli, "measure", lambda comparison, settled: "settled")
+    written, judged = report.write_files, verdict.judge
+
+    def signalled(call: Callable[..., Any]) -> Callable[..., Any]:
+        def then(*given: Any, **more: Any) -> Any:
+            signal.raise_signal(number)
+            return call(*given, **more)
+
+        return then
+
+    monkeypatch.setattr(verdict, "judge", signalled(judged))
+    monkeypatch.setattr(report, "write_files", signalled(written))
+    before = [signal.signal(each, _exits) for each in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        cli.compare.main(["--resume", str(tmp_path / "run")], standalone_mode=False)
+        assert signal.getsignal(number) is _exits, "afterwards it is as before"
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(each, handler)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["arms"][0]["model"] == "relu"
+    assert (tmp_path / "run" / "report.md").is_file()
+
+
+def _exits(number: int, _frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def test_a_profile_that_is_stopped_is_left_for_the_next_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arms = [{"model": model, "facts": {"provider": ffn.CPU, "context": 32, "files": {}}} for model in ("a", "b")]
+    store.create(tmp_path / "run", {"arms": arms, "workload": {}})
+    profiler = tmp_path / "profiler"
+    profiler.write_text("#!/bin/sh\necho $$ >> pids\nexec sleep 600\n")
+    profiler.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(profiler))
+    monkeypatch.setattr(ffn, "_bundle", lambda *_: tmp_path)
+    started = tmp_path / "pids"
+    ffn.measure(tmp_path / "run", tmp_path, tmp_path, lambda: started.exists() and bool(started.read_text().strip()))
+    (pid,) = started.read_text().split()
+    assert not psutil.pid_exists(int(pid))
+    assert not (tmp_path / "run" / ffn.FILE).exists()
+    assert ffn.said(tmp_path / "run") == []
 
 
 def test_between_fork_and_exec_no_library_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:

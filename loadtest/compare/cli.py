@@ -9,7 +9,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from loadtest import plan as planning
 from loadtest.compare import ffn, store, sweep
 from loadtest.compare.arms import Arms
 from loadtest.compare.design import AGAIN, Design
-from loadtest.compare.driver import Comparison, Settled, measure, over, stopping
+from loadtest.compare.driver import Comparison, Settled, Stop, measure, over, stopping
 from loadtest.compare.options import arguments_of, block_of, folder_to_resume, options, place_of, repeat
 from loadtest.compare.progress import Written
 from loadtest.compare.prompts import Lengths, Source, built_in, cut_corpus, make_workload, read_prompts, read_traffic
@@ -61,17 +61,18 @@ def compare(context: click.Context, /, **given: Any) -> None:
     folder = folder_to_resume(context) if resumed else _new_folder(given["out"])
     arguments = arguments or store.run_of(folder)["arguments"]
     console = Console(stderr=True)
-    with _tidy(folder, keep=resumed), store.locked(folder):
-        result = _measured(arguments, folder, resumed, console)
-    document = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-    write(folder / RESULT, document)
-    from loadtest.compare import report  # plotly takes a second
+    with ExitStack() as held:  # from when the load begins until the report is written: signals only ask
+        with _tidy(folder, keep=resumed), store.locked(folder):
+            result = _measured(arguments, folder, resumed, console, held)
+        document = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+        write(folder / RESULT, document)
+        from loadtest.compare import report  # plotly takes a second
 
-    report.write_files(folder, store.read(folder), result)
-    if given["json_file"] == "-":
-        click.echo(document, nl=False)
-    elif given["json_file"]:
-        write(Path(given["json_file"]), document)
+        report.write_files(folder, store.read(folder), result)
+        if given["json_file"] == "-":
+            click.echo(document, nl=False)
+        elif given["json_file"]:
+            write(Path(given["json_file"]), document)
     _print(result, folder, Console(stderr=given["json_file"] == "-", highlight=False))
 
 
@@ -99,9 +100,11 @@ def _tidy(folder: Path, keep: bool) -> Iterator[None]:
                 shutil.rmtree(folder)
 
 
-def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: Console) -> dict[str, Any]:
+def _measured(
+    arguments: dict[str, Any], folder: Path, resumed: bool, console: Console, held: ExitStack
+) -> dict[str, Any]:
     if resumed and (ended := _over(folder, arguments)):
-        return _judged(arguments, folder, ended, [], console)
+        return _judged(arguments, folder, ended, [], held.enter_context(stopping()), console)
     source = None if resumed else _source(arguments)  # before a server is started
 
     def start() -> OwnServer:
@@ -131,6 +134,7 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
             store.create(folder, run)
         with Terminal(design, console) as terminal:
             progress = Written(folder, design, terminal)
+            stop = held.enter_context(stopping())
             comparison = Comparison(
                 design,
                 workload,
@@ -141,24 +145,28 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
                 lambda url: _warm(url, design, served, workload),
                 place_of(arguments),
                 progress,
+                stop,
             )
-            with stopping(comparison):
-                ended = measure(comparison, _settled(run))
-                said = _and_then(comparison, arguments) if ended != "interrupted" else []
-                said = [*comparison.said, *said]  # what no round that was kept has said
+            ended = measure(comparison, _settled(run))
+            said = _and_then(comparison, arguments) if ended != "interrupted" else []
+            said = [*comparison.said, *said]  # what no round that was kept has said
             progress.starting("judging")
     finally:
         own = comparison.own if comparison else own
         if own:
             own.stop()
-    return _judged(arguments, folder, ended, said, console)
+    return _judged(arguments, folder, ended, said, stop, console)
 
 
-def _judged(arguments: dict[str, Any], folder: Path, ended: str, said: list[str], console: Console) -> dict[str, Any]:
+def _judged(
+    arguments: dict[str, Any], folder: Path, ended: str, said: list[str], stop: Stop, console: Console
+) -> dict[str, Any]:
     """When the server is gone: what of its own bundles is measured without it, and the verdict."""
-    if not arguments["url"] and ended != "interrupted":
+    if not arguments["url"] and not stop.asked:
         with console.status("where each variant's time goes"):
-            ffn.measure(folder, Path(arguments["bundles"]), Path(arguments["ops"]))
+            ffn.measure(folder, Path(arguments["bundles"]), Path(arguments["ops"]), lambda: stop.asked)
+        if stop.asked:
+            said = [*said, f"stopped before it was known where each variant's time goes; --resume {folder} goes on"]
     return result_of(folder, ended, said)
 
 

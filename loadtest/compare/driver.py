@@ -53,6 +53,13 @@ class Progress(Protocol):
 
 
 @dataclass
+class Stop:
+    """Whether Ctrl-C or SIGTERM asked for an end."""
+
+    asked: bool = False
+
+
+@dataclass
 class Comparison:
     """What `measure` runs."""
 
@@ -65,12 +72,12 @@ class Comparison:
     warm: Callable[[str], None]  # the server at a URL, where the workload is sent to a warm cache
     place: Place
     progress: Progress
-    interrupted: bool = False
+    stop: Stop = field(default_factory=Stop)
     said: list[str] = field(default_factory=list)  # since the last round that was kept
 
     def look(self) -> None:
         """Between two looks at Locust: is there a reason to stop?"""
-        if self.interrupted:
+        if self.stop.asked:
             raise Interrupted
         if self.own:
             self.own.check()
@@ -86,15 +93,16 @@ class Comparison:
 
 
 @contextlib.contextmanager
-def stopping(comparison: Comparison) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the round in work, and what was kept is judged."""
+def stopping() -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM end the round in work, and what was kept is judged; while it is judged they end nothing."""
+    stop = Stop()
 
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        comparison.interrupted = True
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        stop.asked = True
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
