@@ -490,6 +490,8 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
         (("--out", "/proc/x"), "cannot be made"),
         *(((option, value), option) for option in ("--rate", "--minutes", "--block") for value in ("0", "-1", "nan")),
         *((("--equivalence", value), "--equivalence") for value in ("0", "1", "nan", "x")),
+        (("--minutes", "1e308"), "x<=10080"),
+        (("--sweep", "10081"), "x<=10080"),
         (("--users", "0"), "--users"),
         (("--settle", "-1"), "--settle"),
         (("--arrivals", "bursts"), "--arrivals"),

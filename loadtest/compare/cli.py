@@ -5,10 +5,11 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from loadtest import plan as planning
 from loadtest.compare import ffn, store, sweep
 from loadtest.compare.arms import Arms
 from loadtest.compare.design import AGAIN, Design
-from loadtest.compare.driver import Comparison, Settled, measure, over, stopping
+from loadtest.compare.driver import Comparison, Settled, Stop, measure, over, stopping
 from loadtest.compare.options import arguments_of, block_of, folder_to_resume, options, place_of, repeat
 from loadtest.compare.progress import Written
 from loadtest.compare.prompts import Lengths, Source, built_in, cut_corpus, make_workload, read_prompts, read_traffic
@@ -34,6 +35,7 @@ from loadtest.shared import check_json, machine, write
 PACKAGES = ("actuary", "locust", "gevent", "geventhttpclient", "numpy", "polars", "scipy")
 OF_THE_SERVER = ("onnxruntime-gpu", "onnxruntime", "uvicorn")  # where it is our own
 RESULT = "result.json"
+FIGURES = re.compile(r"^\d+ of \d+ |(?<=client too slow to keep the plan): .*")  # of one block, in why it is void
 
 
 @click.command()
@@ -59,17 +61,18 @@ def compare(context: click.Context, /, **given: Any) -> None:
     folder = folder_to_resume(context) if resumed else _new_folder(given["out"])
     arguments = arguments or store.run_of(folder)["arguments"]
     console = Console(stderr=True)
-    with _tidy(folder, keep=resumed), store.locked(folder):
-        result = _measured(arguments, folder, resumed, console)
-    document = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write(folder / RESULT, document)
-    from loadtest.compare import report  # plotly takes a second
+    with ExitStack() as held:  # from when the load begins until the report is written: signals only ask
+        with _tidy(folder, keep=resumed), store.locked(folder):
+            result = _measured(arguments, folder, resumed, console, held)
+        document = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        write(folder / RESULT, document)
+        from loadtest.compare import report  # plotly takes a second
 
-    report.write_files(folder, store.read(folder), result)
-    if given["json_file"] == "-":
-        click.echo(document, nl=False)
-    elif given["json_file"]:
-        write(Path(given["json_file"]), document)
+        report.write_files(folder, store.read(folder), result)
+        if given["json_file"] == "-":
+            click.echo(document, nl=False)
+        elif given["json_file"]:
+            write(Path(given["json_file"]), document)
     _print(result, folder, Console(stderr=given["json_file"] == "-", highlight=False))
 
 
@@ -97,9 +100,11 @@ def _tidy(folder: Path, keep: bool) -> Iterator[None]:
                 shutil.rmtree(folder)
 
 
-def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: Console) -> dict[str, Any]:
+def _measured(
+    arguments: dict[str, Any], folder: Path, resumed: bool, console: Console, held: ExitStack
+) -> dict[str, Any]:
     if resumed and (ended := _over(folder, arguments)):
-        return _judged(arguments, folder, ended, [], console)
+        return _judged(arguments, folder, ended, [], held.enter_context(stopping()), console)
     source = None if resumed else _source(arguments)  # before a server is started
 
     def start() -> OwnServer:
@@ -129,6 +134,7 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
             store.create(folder, run)
         with Terminal(design, console) as terminal:
             progress = Written(folder, design, terminal)
+            stop = held.enter_context(stopping())
             comparison = Comparison(
                 design,
                 workload,
@@ -139,23 +145,28 @@ def _measured(arguments: dict[str, Any], folder: Path, resumed: bool, console: C
                 lambda url: _warm(url, design, served, workload),
                 place_of(arguments),
                 progress,
+                stop,
             )
-            with stopping(comparison):
-                ended = measure(comparison, _settled(run))
-                said = _and_then(comparison, arguments) if ended != "interrupted" else []
+            ended = measure(comparison, _settled(run))
+            said = _and_then(comparison, arguments) if ended != "interrupted" else []
+            said = [*comparison.said, *said]  # what no round that was kept has said
             progress.starting("judging")
     finally:
         own = comparison.own if comparison else own
         if own:
             own.stop()
-    return _judged(arguments, folder, ended, said, console)
+    return _judged(arguments, folder, ended, said, stop, console)
 
 
-def _judged(arguments: dict[str, Any], folder: Path, ended: str, said: list[str], console: Console) -> dict[str, Any]:
+def _judged(
+    arguments: dict[str, Any], folder: Path, ended: str, said: list[str], stop: Stop, console: Console
+) -> dict[str, Any]:
     """When the server is gone: what of its own bundles is measured without it, and the verdict."""
-    if not arguments["url"] and ended != "interrupted":
+    if not arguments["url"] and not stop.asked:
         with console.status("where each variant's time goes"):
-            ffn.measure(folder, Path(arguments["bundles"]), Path(arguments["ops"]))
+            ffn.measure(folder, Path(arguments["bundles"]), Path(arguments["ops"]), lambda: stop.asked)
+        if stop.asked:
+            said = [*said, f"stopped before it was known where each variant's time goes; --resume {folder} goes on"]
     return result_of(folder, ended, said)
 
 
@@ -304,23 +315,33 @@ def result_of(folder: Path, ended: str, said: list[str]) -> dict[str, Any]:
     design = Design.of_json(kept.run["design"])
     objective_ms = kept.run["arguments"].get("objective_ms")
     judged = verdict.judge(kept.run, kept.blocks, kept.samples, margin=design.equivalence, seed=design.seed)
+    baseline = {
+        arm: verdict.failed(verdict.failures(kept.blocks, arm)) for arm in design.arms if arm not in design.models[1:]
+    }
+    failed = [f"{arm}: {share}" for arm, share in baseline.items() if share]  # of the others their sentences say it
     return {
         "schema": store.SCHEMA,
         "kind": store.KIND,
         **judged,
         "ended": ended,
-        "said": [*_said(kept), *said, *sweep.said(folder, design, objective_ms), *ffn.said(folder)],
+        "said": [*_said(kept), *failed, *said, *sweep.said(folder, design, objective_ms), *ffn.said(folder)],
         "cold": kept.warmup,
         **sweep.result(folder, design, objective_ms),
         **ffn.result(folder),
     }
 
 
+def void_of(blocks: pl.DataFrame) -> Counter[tuple[str, str]]:
+    """How many blocks do not count, by arm and by why, without the figures of the single block."""
+    void = blocks.filter(pl.col("void") != "").select("arm", "void").rows()
+    return Counter((arm, FIGURES.sub("", why)) for arm, why in void)
+
+
 def _said(kept: store.Run) -> list[str]:
     """What a reader must know before trusting a figure."""
     said = [sentence for each in kept.rounds for sentence in each["said"]]
-    void = Counter(why.partition(":")[0] for why in kept.blocks["void"] if why)
-    said += [f"{count} blocks do not count: {why}" for why, count in void.most_common()]
+    for (arm, why), count in void_of(kept.blocks).most_common():
+        said.append(f"{count} {'blocks do' if count > 1 else 'block does'} not count of {arm}: {why}")
     share = kept.blocks["client_cpu_share"].median()
     if isinstance(share, float) and share > 0.9:
         said.append(

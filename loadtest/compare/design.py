@@ -12,11 +12,13 @@ the machine nor what one arm leaves behind for the next is taken for the cost of
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from actuary import BadInput
 from loadtest.compare.workloads import Workload
 
 Arrivals = Literal["constant", "poisson", "recorded"]
@@ -85,8 +87,26 @@ class Design:
         rows = deal.sample(williams(len(arms)), self.cycle)
         return tuple(arms[label] for label in rows[row])
 
+    def next_window(self, number: int, workload: Workload) -> int:
+        """The number of the visits of the next round, where `number` comes after that of the last one's.
+
+        Of recorded traffic, a window in whose block nothing is due is left out: there is nothing to measure in it.
+        """
+        if self.arrivals != "recorded":
+            return number
+        load_s = self.settle_s + self.block_s
+        coming = workload.due(number * load_s, math.inf)
+        for when_s, _ in itertools.islice(coming, 2 * len(workload.requests)):  # that is two replays
+            window = int(when_s / load_s)
+            if when_s - window * load_s >= self.settle_s:
+                return max(number, window)
+        raise BadInput(
+            f"nothing of the recorded traffic is due in a block of {self.block_s:g} s, only in the {self.settle_s:g} s "
+            "before it, which are discarded; lower --settle, or raise --block"
+        )
+
     def visit(self, number: int, arm: str) -> Visit:
-        """The visit of `arm` in one round."""
+        """The visit of `arm` in one round; of recorded traffic, in one window."""
         return Visit(
             self.model_of(arm),
             number,
@@ -113,7 +133,7 @@ class Visit:
     """What every Locust process is told of one block of load."""
 
     model: str
-    round: int  # seeds what is sent, so that all arms of a round get the same
+    round: int  # seeds what is sent, so that all arms of a round get the same; of recorded traffic, the window's
     settle_s: float
     block_s: float
     users: int  # of all processes together

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import polars as pl
 
-from actuary import ActuaryError
+from actuary import ActuaryError, BadInput
 from loadtest.compare import store
 from loadtest.compare.design import Design, Visit
 from loadtest.compare.generator import Generator, GeneratorDied, Place, Seen
@@ -53,6 +53,13 @@ class Progress(Protocol):
 
 
 @dataclass
+class Stop:
+    """Whether Ctrl-C or SIGTERM asked for an end."""
+
+    asked: bool = False
+
+
+@dataclass
 class Comparison:
     """What `measure` runs."""
 
@@ -65,34 +72,37 @@ class Comparison:
     warm: Callable[[str], None]  # the server at a URL, where the workload is sent to a warm cache
     place: Place
     progress: Progress
-    interrupted: bool = False
+    stop: Stop = field(default_factory=Stop)
     said: list[str] = field(default_factory=list)  # since the last round that was kept
 
     def look(self) -> None:
         """Between two looks at Locust: is there a reason to stop?"""
-        if self.interrupted:
+        if self.stop.asked:
             raise Interrupted
         if self.own:
             self.own.check()
 
     def renew_server(self) -> None:
-        """In place of one of ours that has died."""
+        """In place of one of ours that has died, or no longer answers: then it still runs, beside the new one."""
         assert self.restart is not None
+        if self.own:
+            self.own.stop()
         self.own = self.restart()
         self.url = self.own.url
         self.own.wait(self.look)
 
 
 @contextlib.contextmanager
-def stopping(comparison: Comparison) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the round in work, and what was kept is judged."""
+def stopping() -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM end the round in work, and what was kept is judged; while it is judged they end nothing."""
+    stop = Stop()
 
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        comparison.interrupted = True
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        stop.asked = True
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -149,6 +159,9 @@ class _State:
     def __init__(self, comparison: Comparison, kept: store.Run) -> None:
         self.comparison, self.design = comparison, comparison.design
         self.number, self.blocks = len(kept.rounds), kept.blocks
+        # Of recorded traffic a round sends one window, and its lulls are left out.
+        last = kept.rounds[-1].get("window", self.number - 1) if kept.rounds else -1
+        self.window = self.design.next_window(last + 1, comparison.workload)
         self.origin = 0.0  # of the run's clock, by time.monotonic
         self.void_in_a_row = dict.fromkeys(self.design.arms, 0)
 
@@ -184,7 +197,7 @@ class _State:
         visits = []
         for arm in self.design.order(self.number):
             self.comparison.progress.starting(f"warm-up: {arm}")
-            seen = locust.visit(self.design.visit(self.number, arm), lambda *_: None)
+            seen = locust.visit(self.design.visit(self.window, arm), lambda *_: None)
             visits.append({"arm": arm, "model": self.design.model_of(arm), **_warm_facts(seen)})
             check_alive(self.comparison, seen)
         store.add_warmup(self.comparison.folder, {"at": _now(), "before_round": self.number, "visits": visits})
@@ -194,7 +207,7 @@ class _State:
         frames, facts = [], []
         for position, arm in enumerate(self.design.order(self.number)):
             self.comparison.progress.visiting(self.number, position, arm)
-            visit = self.design.visit(self.number, arm)
+            visit = self.design.visit(self.window, arm)
             window = _Window(meter)
             seen = locust.visit(visit, window.on)
             check_alive(self.comparison, seen)
@@ -214,21 +227,27 @@ class _State:
             frames.append(frame_of(seen.rows, where, began_s))
         samples = pl.concat(frames)
         said, self.comparison.said = self.comparison.said, []
-        store.write_round(self.comparison.folder, self.number, samples, {"at": began, "blocks": facts, "said": said})
+        told = {"at": began, "window": self.window, "blocks": facts, "said": said}
+        store.write_round(self.comparison.folder, self.number, samples, told)
         self.blocks = pl.concat([self.blocks, store.blocks_of(samples, facts)])
         self.number += 1
+        self.window = self.design.next_window(self.window + 1, self.comparison.workload)
         self._check_void(facts)
         self.comparison.progress.finished(self.number, self.blocks)
 
     def _check_void(self, facts: Sequence[dict[str, Any]]) -> None:
-        """An arm whose blocks never count has no pairs, however long it takes."""
+        """An arm whose blocks never count has no pairs, however long it takes.
+
+        BadInput where no block of any arm ever counted: that server, or that load, is no comparison's.
+        """
         for block in facts:
             arm = block["arm"]
             self.void_in_a_row[arm] = self.void_in_a_row[arm] + 1 if block["void"] else 0
         never = [block for block in facts if self.void_in_a_row[block["arm"]] >= VOID_ROUNDS]
         if never:
             reasons = "; ".join(f"{block['arm']}: {block['void']}" for block in never)
-            raise ActuaryError(
+            kind = ActuaryError if (self.blocks["void"] == "").any() else BadInput
+            raise kind(
                 f"of the last {VOID_ROUNDS} rounds no block counts of {reasons}; "
                 f"{self.number} rounds are kept in {self.comparison.folder}"
             )

@@ -26,6 +26,8 @@ LEAST_PLANNED = 5  # in a block: of Poisson arrivals one block in 150 has then n
 FREE = ("resume", "json_file", "with_parent")
 
 _PATH = click.Path(path_type=Path)
+# A week: what a run cannot last is a slip of the keyboard, and its number of rounds overflows.
+_MINUTES = Finite(min=0, max=10_080, min_open=True)
 _SHARE = Finite(min=0, max=1, min_open=True, max_open=True)
 
 
@@ -36,7 +38,7 @@ def _option(*names: str, **more: Any) -> Callable[..., Any]:
 _OPTIONS = (
     _option("--variants", metavar="A,B,C", help="What is compared.  [default: all that the server lists]"),
     _option("--baseline", metavar="A", help="What the others are compared with.  [default: the first]"),
-    _option("--minutes", type=POSITIVE, default=5.0, help="Of load at most."),
+    _option("--minutes", type=_MINUTES, default=5.0, help="Of load at most."),
     _option("--rate", type=POSITIVE, help="Arrivals per second of the arm that is visited; else a closed loop."),
     _option(
         "--users",
@@ -73,7 +75,7 @@ _OPTIONS = (
         help=f"Seconds before it, discarded.  [default: {SETTLE_S}, or as long as 2 answers take]",
     ),
     _option(
-        "--sweep", type=POSITIVE, metavar="MINUTES", help="Then so many more at rising rates: where each one's knee is."
+        "--sweep", type=_MINUTES, metavar="MINUTES", help="Then so many more at rising rates: where each one's knee is."
     ),
     _option(
         "--objective-ms",

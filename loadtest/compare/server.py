@@ -29,12 +29,14 @@ START_S = 300.0  # bundles of a gigabyte are read and optimised
 POLL_S = 0.05
 END_S = 40.0  # what is queued is finished first; the service's own limit is 35 s
 PR_SET_PDEATHSIG = 1
+# Found here: between fork and exec a lock of the loader may be held by a thread that is no longer there.
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def die_with_parent() -> None:
     """In a new process: SIGTERM when the one that started it is killed. Elsewhere than on Linux it stays."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _PRCTL is not None:
+        _PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class ServerDied(ActuaryError):

@@ -22,6 +22,7 @@ from loadtest.compare.quality import bits_per_byte
 from loadtest.compare.statistics import LEAST_ROUNDS, Estimate, Judged
 
 Ratio = dict[str, float | None]  # "ratio", "low", "high"
+FAILED_SHARE: Final = 0.001  # of its requests: where more failed, an arm's sentence says so
 
 # Above 1 is more of it: slower in a latency, faster in a throughput.
 MEASURES: Final = {
@@ -78,7 +79,9 @@ def judge(
         quality = bits_per_byte(facts, model, design.baseline, alpha)
         claim = _claim(judged.get(model), again, counted, design, margin)
         sentence = _sentence(model, claim, measures["p50"], quality, again, design.baseline, margin, whole)
-        arms.append({"model": model, **claim, **measures, "bits_per_byte": quality, "sentence": sentence})
+        counts = failures(blocks, model)
+        sentence += f", {said}" if (said := failed(counts)) else ""
+        arms.append({"model": model, **claim, **measures, "bits_per_byte": quality, **counts, "sentence": sentence})
     return {
         "baseline": design.baseline,
         "fit": again is not None and statistics.fit(again.interval, margin),
@@ -93,6 +96,18 @@ def judge(
         "primary": "p50",
         "command": run["command"],
     }
+
+
+def failures(blocks: pl.DataFrame, arm: str) -> dict[str, int]:
+    """How many requests were sent and failed in all its blocks, void ones too: failures are what made them so."""
+    its = blocks.filter(pl.col("arm") == arm)
+    return {name: int(its[name].sum()) if name in its.columns else 0 for name in ("requests", "failures")}
+
+
+def failed(counts: Mapping[str, int]) -> str:
+    """1.2 % of its requests failed; empty where that is next to none."""
+    share = counts["failures"] / max(1, counts["requests"])
+    return f"{share * 100:.1f} % of its requests failed" if share > FAILED_SHARE else ""
 
 
 def _claim(
