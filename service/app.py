@@ -104,6 +104,7 @@ def create_app(settings: Settings) -> FastAPI:
         async with service.engine:
             yield
         await service.comparisons.close()
+        experiments.look_no_more()
         await asyncio.to_thread(experiments.close)
 
     app: FastAPI = FastAPIOffline(

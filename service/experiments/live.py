@@ -91,11 +91,14 @@ class Experiments:
         else:
             self._looking = asyncio.get_running_loop().create_task(self._look())
 
+    def look_no_more(self) -> None:
+        """On the event loop, before `close`."""
+        if self._looking:
+            self._looking.cancel()
+
     def close(self) -> None:
         """Write what waits; again it does nothing."""
         self._started = False
-        if self._looking:
-            self._looking.get_loop().call_soon_threadsafe(self._looking.cancel)
         self._engine.on_work = None
         self._shadows.close()
         recorder, self._recorder = self._recorder, None
@@ -107,7 +110,7 @@ class Experiments:
 
     async def _look(self) -> None:
         """Another process may make the database's file, and begin experiments in it."""
-        while self._store is None:
+        while self._store is None and self._started:
             await asyncio.sleep(LOOK_S)
             if Path(self._settings.database).exists():
                 await asyncio.to_thread(self._appeared)
