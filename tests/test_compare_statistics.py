@@ -339,7 +339,7 @@ def test_a_small_difference_that_is_sure_is_said_and_still_equivalent():
 @pytest.mark.parametrize(("failures", "said"), [(0, ""), (1, ""), (12, ", 0.4 % of its requests failed")])
 def test_an_arm_that_fails_requests_says_so_however_equivalent(failures, said):
     """Of 3000 requests, of which a thousandth may fail unsaid; too few in each block to void one."""
-    plan, logs = simulated([0.0], sd=0.001)
+    plan, logs = simulated((0.0, 0.0), sd=0.001)
     counts = np.zeros(np.shape(logs), int)
     counts[:failures, 1] = 1
     (arm,) = judged(plan, logs, requests=np.full(np.shape(logs), 50), failures=counts)["arms"]

@@ -154,9 +154,12 @@ def _bar(middle: float, low: float, high: float, paint: str) -> dict[str, Any]:
     return {"type": "data", "symmetric": False, "array": [high - middle], "arrayminus": [middle - low], **shape}
 
 
+FAR = 400.0  # percent: an interval of an early look may reach to millions, and goes on past the axis
+
+
 def _room(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    """The axes' ranges: every bar, and space for the names beside the points."""
-    xs = [in_percent(ratio) for point in points for ratio in (point.ratio, point.low, point.high)]
+    """The axes' ranges: every bar up to FAR, and space for the names beside the points."""
+    xs = [min(in_percent(ratio), FAR) for point in points for ratio in (point.ratio, point.low, point.high)]
     ys = [bits for point in points for bits in (point.bits, point.bits_low, point.bits_high)]
     ranges = []
     for values, least in ((xs, 1.0), (ys, 0.01)):

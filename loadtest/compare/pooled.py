@@ -92,7 +92,7 @@ def _means(
     value = pl.col(column).cast(pl.Float64)
     blocks = (
         counted.filter(pl.any_horizontal(_is(model) for model in models))
-        .filter(value.is_finite().fill_null(value=False).all().over("round"))
+        .filter((value.is_finite() & (value > 0)).fill_null(value=False).all().over("round"))
         .select("round", "arm", (value * weight).alias("sum"), weight.alias("weight"))
     )
 
