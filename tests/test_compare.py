@@ -364,16 +364,8 @@ def test_stopped_it_judges_what_it_has_and_goes_on_later(stand_in: Server, tmp_p
 
 
 def test_stopped_before_the_first_round_there_is_nothing_to_judge(stand_in: Server, tmp_path: Path) -> None:
-    arguments = (
-        "--url",
-        stand_in.url,
-        "--block",
-        "30",
-        "--settle",
-        "0.2",
-        "--users",
-        "2",
-    )  # so that nothing is asked before
+    # With the block and its settling given, nothing is asked before the load.
+    arguments = ("--url", stand_in.url, "--block", "30", "--settle", "0.2", "--users", "2")
     process = _started(*arguments, "--out", "run", cwd=tmp_path)
     _wait_until(lambda: stand_in.seen, process)
     process.send_signal(signal.SIGINT)
