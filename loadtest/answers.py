@@ -44,12 +44,18 @@ def reason(response: Any, error: Exception, timeout_s: float) -> str:
     return str(error)[:160] or type(error).__name__
 
 
-def wrong_shape(answer: Any, model: str, experiment: str | None = None) -> str | None:
-    """What is wrong with the answer to one prompt for `model`; None where nothing is.
+def fail_if_wrong(response: Any, model: str) -> None:
+    """Counts a 200 as failed where it is no answer to one prompt for `model`."""
+    try:
+        wrong = _wrong_shape(response.json(), model, response.headers.get("x-experiment"))
+    except ValueError:
+        wrong = "wrong answer: not JSON"
+    if wrong:
+        response.failure(wrong)
 
-    Args:
-        experiment: the answer's header x-experiment; where that was asked for, any variant may answer.
-    """
+
+def _wrong_shape(answer: Any, model: str, experiment: str | None) -> str | None:
+    """What is wrong with it; None where nothing is. Where an experiment was asked for, any variant may answer."""
     try:
         (result,) = answer["results"]
         if model not in (result["model"], experiment):

@@ -30,7 +30,7 @@ from locust.runners import MasterRunner, WorkerRunner
 
 from actuary import BadInput
 from loadtest import plan
-from loadtest.answers import HEADERS, NO_ANSWER_PAUSE_S, TIMER_STEP_S, reason, server_times, wrong_shape
+from loadtest.answers import HEADERS, NO_ANSWER_PAUSE_S, TIMER_STEP_S, fail_if_wrong, reason, server_times
 from loadtest.samples import Sample, write_header, write_samples
 
 log = logging.getLogger(__name__)
@@ -287,9 +287,4 @@ class NextTokenUser(FastHttpUser):
         ) as response:
             self.pause_s = 0.0 if response.status_code else NO_ANSWER_PAUSE_S
             if response.status_code == 200:
-                try:
-                    wrong = wrong_shape(response.json(), model, response.headers.get("x-experiment"))
-                except ValueError:
-                    wrong = "wrong answer: not JSON"
-                if wrong:
-                    response.failure(wrong)
+                fail_if_wrong(response, model)

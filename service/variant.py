@@ -250,11 +250,13 @@ def open_variant(folder: Path, runtime: Runtime, vocabulary: Callable[[Path, str
     if runtime.lanes == 1:
         return variant
     shape = manifest.layers, manifest.dim, manifest.vocab_size, manifest.context, manifest.precision
-    if shape not in runtime.wide_at:
-        runtime.wide_at[shape] = _where_wide_is_faster(dataclasses.replace(variant, wide_session=opened(wide=True)))
-    if not runtime.wide_at[shape]:
+    if runtime.wide_at.get(shape) == ():
         return variant
-    return dataclasses.replace(variant, wide_session=opened(wide=True), wide_at=runtime.wide_at[shape])
+    both = dataclasses.replace(variant, wide_session=opened(wide=True))
+    if shape not in runtime.wide_at:
+        runtime.wide_at[shape] = _where_wide_is_faster(both)
+    faster = runtime.wide_at[shape]
+    return dataclasses.replace(both, wide_at=faster) if faster else variant
 
 
 def _where_wide_is_faster(variant: Variant) -> tuple[int, ...]:

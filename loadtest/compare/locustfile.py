@@ -28,7 +28,7 @@ from locust.contrib.fasthttp import FAILURE_EXCEPTIONS
 from locust.env import Environment
 from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
-from loadtest.answers import HEADERS, NO_ANSWER_PAUSE_S, TIMER_STEP_S, reason, server_times, wrong_shape
+from loadtest.answers import HEADERS, NO_ANSWER_PAUSE_S, TIMER_STEP_S, fail_if_wrong, reason, server_times
 from loadtest.compare.design import Visit
 from loadtest.compare.stream import lines, read_stream
 from loadtest.compare.wire import ROW, Row, workload_heard
@@ -158,12 +158,7 @@ class ArmUser(FastHttpUser):
         if path == NEXT_TOKEN:
             with self.client.post(path, **asked) as response:
                 if response.status_code == 200:
-                    try:
-                        wrong = wrong_shape(response.json(), model, response.headers.get("x-experiment"))
-                    except ValueError:
-                        wrong = "wrong answer: not JSON"
-                    if wrong:
-                        response.failure(wrong)
+                    fail_if_wrong(response, model)
         else:
             began = time.perf_counter()
             with self.client.post(path, stream=True, **asked) as response:
