@@ -97,7 +97,7 @@ def _means(
     )
 
     def mean(model: str) -> Any:
-        its = blocks.filter(_is(model)).group_by("round").agg(pl.col("sum", "weight").sum())
+        its = blocks.filter(_is(model)).group_by("round").agg(pl.col("sum", "weight").sum()).sort("round")
         at = np.searchsorted(rounds, its["round"].to_numpy())
         with np.errstate(divide="ignore", invalid="ignore"):
             return (times[:, at] @ its["sum"].to_numpy()) / (times[:, at] @ its["weight"].to_numpy())
