@@ -78,7 +78,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Line:
-    """One series. `low` and `high` are its spread, of the same length as `y`; x may be names where the chart is bars."""
+    """One series. `low` and `high` are its spread, as long as `y`; x may be names where the chart is bars."""
 
     name: str
     x: Sequence[float] | Sequence[str]
