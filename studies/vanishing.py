@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from studies.perceptron import INITS, LABELS, Init, Labels, Perceptron, batch, one_thread
-from studies.study import Chart, Claim, Figure, Finding, Line, Options, Table
+from studies.study import Chart, Claim, Figure, Finding, Line, Options, Table, verdict_of
 
 CLAIM = Claim(
     number=2,
@@ -106,9 +106,8 @@ def run(options: Options) -> Finding:
     medians = [float(np.median(ratio)) for ratio in ratios.values()]
     smaller = [median >= MUCH and ratio.min() > 1 for median, ratio in zip(medians, ratios.values(), strict=True)]
     falling = [falls["sigmoid", init] < min(0.5, falls["relu", init]) for init in INITS]
-    verdict = "holds" if all(smaller + falling) else "holds in part" if any(smaller) else "did not reproduce"
     return Finding(
-        verdict=verdict,
+        verdict=verdict_of(smaller + falling),
         sentence=f"The first layer's gradient is {min(medians):.0f} to {max(medians):.0f} times smaller under sigmoid "
         f"than under ReLU, by initialisation and labels, and each further layer multiplies it with "
         f"{falls['sigmoid', 'default']:.2f} to {falls['sigmoid', 'matched']:.2f}. Under ReLU with PyTorch's default "

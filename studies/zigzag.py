@@ -1,7 +1,7 @@
 """Claim 3: sigmoid's outputs are all positive, so all gradients of one unit's weights share a sign for one example.
 
 Source: 000, 002, which call what follows zig-zag: a step can only raise or only lower all weights of a unit. A
-mini-batch can mix signs. Refuted by units whose gradients differ in sign for one example, or mini-batches that never mix.
+mini-batch can mix signs. Refuted by units whose gradients differ in sign for one example, or batches that never mix.
 
 A perceptron 10-64-64-64-1, sigmoid beside tanh and ReLU; of the units after the first hidden layer, whose inputs are
 outputs of the activation, the share with weight gradients of one sign: by batch, untrained and after training.
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from studies.perceptron import Perceptron, batch, one_thread
-from studies.study import Chart, Claim, Figure, Finding, Line, Options, Table
+from studies.study import Cell, Chart, Claim, Figure, Finding, Line, Options, Table, verdict_of
 
 CLAIM = Claim(
     number=3,
@@ -59,7 +59,7 @@ def train(net: Perceptron, x: Tensor, y: Tensor) -> None:
     adam = torch.optim.Adam(net.parameters(), lr=RATE)
     for _ in range(STEPS):
         adam.zero_grad()
-        F.binary_cross_entropy_with_logits(net(x), y).backward()
+        F.binary_cross_entropy_with_logits(net(x), y).backward()  # type: ignore[no-untyped-call]
         adam.step()
 
 
@@ -77,7 +77,8 @@ def shares(activation: str, trained: bool, seed: int) -> list[float]:
 @one_thread()
 def run(options: Options) -> Finding:
     seeds = range(options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
-    charts, rows, found = [], [], {}
+    charts, found = [], {}
+    rows: list[list[Cell]] = []
     for at, (trained, name) in enumerate((trained, name) for trained in (False, True) for name in ACTIVATIONS):
         state = "trained" if trained else "untrained"
         each = []
@@ -91,7 +92,7 @@ def run(options: Options) -> Finding:
         for name in ACTIVATIONS:
             columns = (found[name, trained][:, BATCHES.index(size)] for size in (ONE, MANY))
             cells = [round(100 * float(np.nanmean(column)), 1) for column in columns]
-            rows.append((name, state, *cells))
+            rows.append([name, state, *cells])
     one = {key: values[:, BATCHES.index(ONE)] for key, values in found.items()}
     many = {key: values[:, BATCHES.index(MANY)] for key, values in found.items()}
     always = all(np.nanmin(one["sigmoid", trained]) == 1 for trained in (False, True))
@@ -106,10 +107,9 @@ def run(options: Options) -> Finding:
         figures.append(Figure(f"batch of {MANY}, sigmoid, {state}", text, "less than 100 %", mixed))
         for name in ACTIVATIONS[1:]:
             figures.append(Figure(f"batch of {MANY}, {name}, {state}", _percent(many[name, trained])))
-    verdict = "holds" if always and all(mixes) else "holds in part" if always or any(mixes) else "did not reproduce"
     untrained, after = (100 * float(np.nanmean(many["sigmoid", trained])) for trained in (False, True))
     return Finding(
-        verdict=verdict,
+        verdict=verdict_of([always, *mixes]),
         sentence=f"For one example {_percent(one['sigmoid', False])} of sigmoid's units have weight gradients of one "
         f"sign, and {_percent(one['relu', False])} of ReLU's, which is not negative either; of tanh's "
         f"{_percent(one['tanh', False])}. A batch of {MANY} mixes them: {untrained:.0f} % are left under sigmoid "
