@@ -152,10 +152,17 @@ def keep(folder: Path, pictures: Path, record: Record, old: Record | None) -> No
     from studies.drawing import draw
 
     store.write(folder, record)
+    record = store.read(store.path_of(folder, record.claim.name))  # pages are of what is kept, to its digits
     write(folder, record)
     write_index(folder)
     for chart in record.finding.charts:
         (pictures / drawing(record, chart)).with_suffix(".png").write_bytes(draw(chart, "png"))
-    for name in {drawing(old, chart) for chart in old.finding.charts} if old else set():
-        if name not in {drawing(record, chart) for chart in record.finding.charts}:
+    if old:
+        remove_drawings(folder, old, record)
+
+
+def remove_drawings(folder: Path, old: Record, new: Record) -> None:
+    """Those of `old` that `new` has not."""
+    for name in {drawing(old, chart) for chart in old.finding.charts}:
+        if name not in {drawing(new, chart) for chart in new.finding.charts}:
             (folder / name).unlink(missing_ok=True)
