@@ -149,7 +149,7 @@ def _cell(said: Faults) -> str:
     """What went wrong and where, of several places."""
     by_kind: dict[str, list[str]] = {}
     for x, what in said:
-        by_kind.setdefault(what, []).append(f"{x:.4g}")
+        by_kind.setdefault(what, []).append(f"{x:.5g}")
     return "; ".join(f"{what} at {', '.join(at)}" for what, at in by_kind.items()) or "right"
 
 

@@ -153,6 +153,11 @@ def _chart(found: dict[tuple[str, bool], NDArray[Any]], trained: bool, state: st
         y_label="% of units",
         lines=lines,
         log_x=True,
-        note="Mean over seeds, with the tenth and ninetieth percentile. Sigmoid's outputs hardly differ between "
-        "examples, so that a batch's gradient is nearly one number times them.",
+        note="Mean over seeds, with the tenth and ninetieth percentile. "
+        + (
+            f"All {EXAMPLES} are what it was trained on: there its errors sum to nearly nothing, and signs mix."
+            if trained
+            else "Sigmoid's outputs hardly differ between examples, so that a batch's gradient is nearly one number "
+            "times them."
+        ),
     )
