@@ -35,7 +35,7 @@ INPUTS, WIDTHS = 10, (10, 64, 64, 64, 1)
 ACTIVATIONS = ("sigmoid", "relu", "tanh")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ONE, MANY = 1, 32
-SEEDS, QUICK_SEEDS = 50, 20
+SEEDS, QUICK_SEEDS = 50, 10
 EXAMPLES, STEPS, RATE = 256, 100, 3e-3  # of the training that "trained" means: full batches, Adam
 
 
