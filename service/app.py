@@ -104,7 +104,7 @@ def create_app(settings: Settings) -> FastAPI:
         async with service.engine:
             yield
         await service.comparisons.close()
-        experiments.look_no_more()
+        experiments.answer_no_more()
         await asyncio.to_thread(experiments.close)
 
     app: FastAPI = FastAPIOffline(
@@ -189,13 +189,13 @@ async def post_next_token(asked: NextTokenRequest, request: Request) -> Response
     """Probabilities of the token after each prompt, under each variant."""
     service = _service(request)
     if exposure := service.experiments.expose(asked, request):
-        return await exposure.around(_next_token(exposure.asked, request, exposure.engine))
-    return await _next_token(asked, request, service.engine)
+        return await exposure.around(_next_token(asked, [exposure.variant], request, exposure.engine))
+    return await _next_token(asked, asked.model, request, service.engine)
 
 
-async def _next_token(asked: NextTokenRequest, request: Request, engine: Runs) -> Response:
-    service = _named(request, asked.model)
-    work = next_token(asked, service.library, engine, service.settings, request.state.arrived)
+async def _next_token(asked: NextTokenRequest, names: Sequence[str], request: Request, engine: Runs) -> Response:
+    service = _named(request, names)
+    work = next_token(asked, service.library.choose(names), engine, service.settings, request.state.arrived)
     return _timed(request, await unless_gone(request, work))
 
 
@@ -219,7 +219,8 @@ async def post_completions(asked: CompletionRequest, request: Request) -> Respon
     """What comes after each prompt, in OpenAI's shape with vLLM's additions; streamed or not."""
     service = _service(request)
     if exposure := service.experiments.expose(asked, request):
-        return await exposure.around(_completions(exposure.asked, request, exposure.engine))
+        asked = asked.model_copy(update={"model": exposure.variant})
+        return await exposure.around(_completions(asked, request, exposure.engine))
     return await _completions(asked, request, service.engine)
 
 
