@@ -26,7 +26,7 @@ export const css = (name) => getComputedStyle(document.documentElement).getPrope
 // x where every bend is seen, and the most of y that is shown of what grows fast (relu2) or has poles (solu's slope).
 const X = [-4, 4];
 const REACH = { y: [-2.6, 4.4], slope: [-1, 2.6] };
-const DASHES = ["solid", "dash", "dot"];
+export const DASHES = ["solid", "dash", "dot"];
 const line = (variable, width, dash) => ({ color: css(variable), width, dash, simplify: false });
 
 const touch = () => matchMedia("(hover: none)").matches; // there a drag must scroll the page
@@ -114,7 +114,7 @@ export function resized(element) {
   for (const plot of element.querySelectorAll(".js-plotly-plot")) window.Plotly.Plots.resize(plot);
 }
 
-const HUES = 7; // --hue-0 to --hue-6
+export const HUES = 7; // --hue-0 to --hue-6
 
 /** The CSS variable of a line's colour; softmax and sigmoid keep theirs everywhere. */
 export function colour(name, slot) {

@@ -4,9 +4,9 @@ import * as activations from "./activations.js";
 import * as address from "./address.js";
 import * as compare from "./compare.js";
 import * as nextToken from "./next-token.js";
-import * as quality from "./quality.js";
+import * as studies from "./studies.js";
 
-const VIEWS = { "next-token": nextToken, activations, quality, compare };
+const VIEWS = { "next-token": nextToken, activations, studies, compare };
 
 function show() {
   const { view, fields } = address.read();

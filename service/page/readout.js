@@ -38,7 +38,7 @@ export function readout({ name, title, table, plot = null, listed = true, legend
     return element;
   };
   return h("div", { class: "readout", "data-readout": name },
-    listed && folded(title, table),
+    listed && table && folded(title, table),
     h("span", { class: "saves" },
       plot && button("PNG", "a PNG picture", () => picture(plot(), "png", { name, title, legend })),
       plot && button("SVG", "an SVG picture", () => picture(plot(), "svg", { name, title, legend })),
