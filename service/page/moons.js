@@ -32,7 +32,7 @@ export function live(snapshots, { epoch, changed }) {
     h("div", { class: "slider" }, h("label", { for: "epoch" }, "Epoch"), slider, said, play),
     h("div", { class: "pair-of-plots" }, panes.map(({ name, plot, facts }) =>
       h("figure", {},
-        h("figcaption", {}, h("b", {}, name), facts), plot,
+        h("figcaption", {}, h("b", {}, name), " ", facts), plot,
         readout({ name: `moons-${name}`, title: `Decision boundary of ${name}`, plot: () => plot })))),
     readout({ name: "moons-epochs", title: "loss and accuracy by epoch", table }));
 

@@ -1,7 +1,7 @@
 // What every chart offers besides itself: its numbers as a table, and both as files.
 
 import { css, plotly } from "./charts.js";
-import { complain, h } from "./dom.js";
+import { h } from "./dom.js";
 
 const SMALLEST_PX = 640; // width of a saved picture; a phone's chart would be cut
 const HEADING_PX = 48; // above it, for its title
@@ -30,20 +30,23 @@ export const scrollable = (name, content = [], attributes = {}) =>
  * the table is to be folded here; false where it stands elsewhere. legend: whether a picture needs its lines' names.
  */
 export function readout({ name, title, table, plot = null, listed = true, legend = false }) {
-  const problem = h("p", { class: "error", role: "alert", hidden: true });
+  const complain = (problem = "") => {
+    line.querySelector(".error")?.remove();
+    if (problem) line.append(h("p", { class: "error", role: "alert" }, problem));
+  };
   const button = (label, said, save) => {
     const element = h("button", { type: "button", class: "save", "aria-label": `Save ${title} as ${said}` }, label);
     element.addEventListener("click", () =>
-      Promise.resolve().then(save).then(() => complain(problem), (error) => complain(problem, error.message)));
+      Promise.resolve().then(save).then(() => complain(), ({ message }) => complain(message)));
     return element;
   };
-  return h("div", { class: "readout", "data-readout": name },
+  const line = h("div", { class: "readout", "data-readout": name },
     listed && table && folded(title, table),
     h("span", { class: "saves" },
       plot && button("PNG", "a PNG picture", () => picture(plot(), "png", { name, title, legend })),
       plot && button("SVG", "an SVG picture", () => picture(plot(), "svg", { name, title, legend })),
-      table && button("CSV", "a CSV table", () => download(`${name}.csv`, "text/csv", csv(table())))),
-    problem);
+      table && button("CSV", "a CSV table", () => download(`${name}.csv`, "text/csv", csv(table())))));
+  return line;
 }
 
 /** Made when it is opened, and anew each time: what is drawn may have changed. */
