@@ -4,9 +4,10 @@
 import * as address from "./address.js";
 import * as api from "./api.js";
 import { byId, complain, h } from "./dom.js";
-import { panel, tableOf } from "./panel.js";
+import { chartOf, panel, tableOf } from "./panel.js";
 import { readout } from "./readout.js";
 import * as stepping from "./steps.js";
+import * as charts from "./study-charts.js";
 import { milliseconds, visible } from "./text.js";
 
 const PROMPT = "if x is not";
@@ -17,7 +18,7 @@ const CONTROLS = { prompt: "prompt", top_k: "top-k", tokens: "tokens" }; // by w
 let variants = null; // of /v1/models, by name
 let typed = PROMPT;
 let steps = []; // ids behind it
-let answered = { typed, steps }; // those of the answer that is shown
+let answered = { typed, steps, results: [] }; // those of the answer that is shown, and itself
 let running = null; // the AbortController of the request under way
 let pause = 0;
 
@@ -44,6 +45,8 @@ function listen(models) {
     clearTimeout(pause);
     pause = setTimeout(run, target.type === "checkbox" ? 0 : PAUSE_MS);
   });
+  byId("side-by-side").addEventListener("toggle", sideBySide);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", sideBySide);
   byId("ask").addEventListener("submit", (event) => event.preventDefault());
   byId("answer").addEventListener("click", ({ target }) => {
     const button = target.closest(".step");
@@ -108,7 +111,7 @@ async function run({ notice = "", push = false, focus = null } = {}) {
     const sent = performance.now();
     const { results } = await api.nextToken(asked, mine.signal);
     const roundTrip = performance.now() - sent;
-    answered = { typed, steps };
+    answered = { typed, steps, results };
     trail(each);
     byId("answer").replaceChildren(...results.map(panel));
     byId("answer-status").replaceChildren(
@@ -117,11 +120,24 @@ async function run({ notice = "", push = false, focus = null } = {}) {
     byId("curl").textContent = curl(asked);
     byId("answer-readout").replaceChildren(
       readout({ name: "next-token", title: "the answer", table: () => tableOf(results) }));
+    sideBySide();
     settle();
     focus?.()?.focus();
   } catch (error) {
     if (!mine.signal.aborted) settle(error.message, error.param);
   }
+}
+
+/** The answer as one chart, where it is wanted. */
+function sideBySide() {
+  const { results } = answered;
+  if (!byId("side-by-side").open || !results.length) return;
+  const chart = chartOf(results), plot = byId("answer-plot");
+  const draw = () => charts.draw(plot, chart).catch((error) => complain(byId("ask-error"), error.message));
+  byId("answer-legend").replaceChildren(charts.legend(chart, draw));
+  byId("answer-plot-readout").replaceChildren(
+    readout({ name: "next-token-chart", title: chart.title, table: () => charts.tableOf(chart), plot: () => plot, legend: true }));
+  draw();
 }
 
 function readTokens(line) {

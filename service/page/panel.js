@@ -69,6 +69,23 @@ function inference(ms) {
   return h("p", { class: "timing" }, "inference ", h("data", { value: ms }, milliseconds(ms)), h("abbr", { title: "milliseconds" }, " ms"));
 }
 
+/** All panels as one chart of study-charts.js: the tokens that any of them lists, in the first one's order. */
+export function chartOf(results) {
+  const seen = new Map(results.flatMap(({ top, chosen }) => [...top, ...chosen]).map((entry) => [entry.id, entry]));
+  const name = (id) => visible(seen.get(id)).map((piece) => piece.textContent ?? piece).join("");
+  const lines = results.flatMap(({ model, top, chosen }) => {
+    const entries = [...new Map([...top, ...chosen].map((entry) => [entry.id, entry])).values()];
+    return ["softmax", "sigmoid"].map((kind) => ({
+      name: results.length > 1 ? `${model}, ${kind}` : kind,
+      x: entries.map(({ id }) => name(id)), y: entries.map((entry) => entry[kind]),
+    }));
+  });
+  return {
+    type: "chart", name: "answer", title: "The next token, side by side", x_label: "token", y_label: "probability", lines,
+    kind: "points", log_x: false, log_y: true, note: "",
+  };
+}
+
 /** All panels as one table, for who wants the figures. */
 export function tableOf(results) {
   const columns = ["variant", "head", "asked for", "rank", "id", "text", "logit", "softmax", "sigmoid"];

@@ -1,19 +1,20 @@
-// A study's charts: lines, points or bars with their spread, and fields of colour with points over them.
+// Charts as a study describes them: lines, points or bars with their spread, and fields of colour with points over them.
 
 import { axis, colour, config, css, DASHES, described, faint, HUES, plotly, shell } from "./charts.js";
 import { h } from "./dom.js";
 import * as readout from "./readout.js";
 
-const ROW_PX = 22; // of a bar
+const ROW_PX = 22, BAR_PX = 11; // of a row, and of each of its bars where there are several
 const SYMBOLS = ["circle", "diamond", "square", "triangle-up", "cross", "x", "star"];
 const FIELD_SYMBOLS = ["circle", "triangle-up", "square", "diamond"];
-const FEW = 6; // bars that stand side by side, and their names under them
+const FEW = 6; // names that stand side by side; more are rows
 
 const hidden = new WeakMap(); // chart -> the names of its lines that are switched off
 
 const off = (chart) => hidden.get(chart) ?? new Set();
 const isText = ({ lines }) => lines.some(({ x }) => x.some((value) => typeof value === "string"));
-const lying = (chart) => chart.kind === "bars" && isText(chart) && Math.max(...chart.lines.map(({ x }) => x.length)) > FEW;
+const namesOf = ({ lines }) => [...new Set(lines.flatMap(({ x }) => x))];
+const lying = (chart) => chart.kind !== "lines" && isText(chart) && namesOf(chart).length > FEW;
 
 /** The lines' names as buttons that switch them; null where there is one line, or a field. */
 export function legend(chart, changed) {
@@ -67,18 +68,18 @@ function lines(chart, element) {
     const paint = css(colour(line.name, slot));
     return chart.kind === "lines" ? [...band(line, paint), curve(line, slot, paint)] : [marks(chart.kind, line, slot, paint, flat)];
   });
-  const rows = flat ? Math.max(...chart.lines.map(({ x }) => x.length)) * chart.lines.length : 0;
-  element.style.height = flat ? `${90 + ROW_PX * Math.max(rows, FEW)}px` : "";
+  const row = chart.kind === "bars" ? Math.max(ROW_PX, BAR_PX * (chart.lines.length + 1)) : ROW_PX;
+  element.style.height = flat ? `${80 + row * namesOf(chart).length}px` : "";
   const of = (field) => chart.lines.flatMap((line) => line[field] ?? []);
   const x = axisOf(chart.x_label, chart.log_x, of("x")), y = axisOf(chart.y_label, chart.log_y, ["y", "low", "high"].flatMap(of));
-  const names = isText(chart) ? { type: "category", showgrid: false } : {};
+  const names = isText(chart) ? { type: "category", categoryorder: "array", categoryarray: namesOf(chart) } : {};
   return {
     data,
     layout: {
       ...shell(), margin: { l: 8, r: 12, t: 8, b: 8 }, hovermode: chart.kind === "lines" ? "x unified" : "closest",
       barmode: "group", bargap: 0.25,
       xaxis: flat ? y : { ...x, ...names },
-      yaxis: flat ? { ...axisOf(""), ...names, autorange: "reversed", tickfont: { color: css("--ink"), size: 12 } } : y,
+      yaxis: flat ? { ...axisOf(""), ...names, autorange: "reversed", dtick: 1, zeroline: false, tickfont: { color: css("--ink"), size: 12 } } : y,
     },
   };
 }
