@@ -2,6 +2,7 @@
 
 import * as address from "./address.js";
 import * as api from "./api.js";
+import { resized } from "./charts.js";
 import { byId, complain, h } from "./dom.js";
 import * as study from "./study.js";
 
@@ -21,6 +22,7 @@ export async function show(fields) {
     else if (found) await draw(found, epoch);
     else study.moveTo(epoch);
     write();
+    resized(byId("study"));
   } catch (error) {
     if (mine !== asked) return;
     close();

@@ -87,9 +87,9 @@ function lines(chart, element) {
 function axisOf(label, log = false, values = []) {
   const title = { text: label, font: { color: css("--muted"), size: 12 }, standoff: 8 };
   const sizes = values.filter((value) => value > 0);
-  // Over a hundredfold range powers of ten alone say enough; their steps between would crowd.
-  const powers = log && Math.max(...sizes) > 100 * Math.min(...sizes);
-  const ticks = log ? { type: "log", exponentformat: "power", ...(powers && { dtick: 1 }) } : {};
+  // Over a hundredfold range powers of ten alone say enough, and of many not all: more would crowd.
+  const decades = Math.log10(Math.max(...sizes) / Math.min(...sizes));
+  const ticks = log ? { type: "log", exponentformat: "power", ...(decades > 2 && { dtick: Math.ceil(decades / 8) }) } : {};
   return { ...axis(), ...ticks, automargin: true, title: label ? title : undefined };
 }
 

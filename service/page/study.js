@@ -41,10 +41,10 @@ export async function draw(found, { epoch, changed }) {
     h("p", { class: "sentence" }, sentence),
     h("dl", { class: "claim" }, [
       ["Claim", claim.statement], ["Source", claim.source], ["What would refute it", claim.refuted_by],
-    ].map(([term, words]) => [h("dt", {}, term), h("dd", {}, words)])),
+    ].map(([term, words]) => [h("dt", {}, term), h("dd", {}, words[0].toUpperCase() + words.slice(1))])),
     beside(found),
     live?.element,
-    found.charts.map((chart) => exhibit(claim.name, chart)),
+    found.charts.length > 0 && h("div", { class: "gallery" }, found.charts.map((chart) => exhibit(claim.name, chart))),
     found.tables.map((table) => listed(claim.name, table)),
     circumstances(found),
   ].flat().filter(Boolean));
@@ -98,9 +98,15 @@ function listed(name, { title, columns, rows, note }) {
     readout({ name: `${name}-${file}`, title, table: () => ({ columns, rows }), listed: false }));
 }
 
+/** A setting as text, whatever it is made of. */
+function plain(value) {
+  if (Array.isArray(value)) return value.map(plain).join(", ");
+  if (typeof value !== "object" || value === null) return typeof value === "number" ? shown(value) : String(value);
+  return Object.entries(value).map(([name, each]) => `${name}: ${plain(each)}`).join("; ");
+}
+
 /** All that another needs to repeat it. */
 function circumstances({ claim, settings, machine, date, versions, seconds, quick }) {
-  const plain = (value) => (typeof value === "object" && value !== null ? JSON.stringify(value) : String(value));
   const facts = {
     date, machine, took: `${shown(seconds)} s${quick ? ", a quick run: smaller, and with a wider spread" : ""}`,
     versions: Object.entries(versions).map(([name, version]) => `${name} ${version}`).join(", "),
