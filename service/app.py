@@ -48,6 +48,8 @@ from service.score import score
 from service.sequence import Runs
 from service.settings import Settings
 from service.shortcut import Shortcut
+from service.studies import Studies
+from service.studies import router as studies_router
 from service.tokens import Tokens
 from service.variant import Variant
 
@@ -65,6 +67,7 @@ class Service:
     metrics: Metrics
     experiments: Experiments
     comparisons: Comparisons
+    studies: Studies
     draining: bool = False
 
     @property
@@ -91,11 +94,12 @@ def create_app(settings: Settings) -> FastAPI:
         library,
         engine,
         runtime.no_cuda,
-        assets.Compressed.of(_activations(library), "application/json"),
+        assets.Compressed.of(_activations(library, runtime), "application/json"),
         Tokens(library, settings),
         Metrics(engine.metrics, engine.tell, experiments.counters.all),
         experiments,
         Comparisons(settings.compare, library),
+        Studies(settings.studies),
     )
 
     @asynccontextmanager
@@ -125,6 +129,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(v1)
     app.include_router(experiments_router)
     app.include_router(comparisons_router)
+    app.include_router(studies_router)
     app.include_router(v2)
     app.include_router(aliases)
     app.include_router(health)
@@ -380,13 +385,16 @@ def _model(variant: Variant) -> dict[str, Any]:
     }
 
 
-def _activations(library: Library) -> bytes:
+def _activations(library: Library, runtime: Runtime) -> bytes:
     """The body of /v1/activations, which never changes while we run."""
     data = []
     variants = library.variants.values()
     for info in library.activations:
         record = info.model_dump(mode="json")
         record["units"] = record["curve"].pop("units")
+        record["unfused"] = runtime.unfused(
+            info
+        )  # why a model in float32 would not run it fused here; "" where it would
         record["served_by"] = [v.name for v in variants if v.manifest.activation == info.name]
         data.append(record)
     return json.dumps({"object": "list", "data": data}, ensure_ascii=False).encode()
