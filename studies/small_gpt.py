@@ -36,6 +36,7 @@ from models.resume import load_state, save_state
 from models.train import SAVE_EVERY_S, Recipe, Variant, optimizer_of, windows
 
 Objective = Literal["softmax", "sigmoid", "within"]
+SHARED = "small-gpt"  # folder of weights beside the studies' own, since two of them ask for the same nets
 AHEAD = 8  # tokens: "within" asks which ids occur among so many that follow
 REPORT_EVERY = 20  # steps
 Measured = TypeVar("Measured")
@@ -99,6 +100,12 @@ def loss_of(logits: Tensor, batch: Tensor, objective: Objective) -> Tensor:
         return head_loss(logits, batch[:, 1:], "softmax" if objective == "softmax" else "sigmoid")
     labels = within(batch, logits.shape[-1])
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(-1).mean()
+
+
+def tokens_per_byte(corpus: Corpus, V: int, tokens: int) -> float:
+    """Of the first `tokens` held-out tokens that are predicted: bits per token times this are bits per byte."""
+    ids = corpus.ids(V).held_out
+    return tokens / len(corpus.tokenizer(V).decode(ids[1 : tokens + 1].tolist()).encode())
 
 
 def train(job: Job, recipe: Recipe, corpus: Corpus, kept: Path, report: Callable[[float], None]) -> ActuaryGPT:

@@ -9,6 +9,7 @@ alone, and fifty cost little more than one: of matrices of 8 x 8 the call is wha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -83,7 +84,7 @@ def start(hidden: Hidden, widths: Sequence[int], seeds: Sequence[int]) -> Layers
     layer, which no activation follows, is Xavier's in both."""
     layers: Layers = []
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    for number, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+    for number, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         he = hidden == "relu" and number < len(widths) - 2
         deviation = (2 / inputs) ** 0.5 if he else (2 / (inputs + outputs)) ** 0.5
         weights = torch.stack([deviation * torch.randn(inputs, outputs, generator=g) for g in generators])

@@ -1,0 +1,292 @@
+"""Claim 4: on two moons sigmoid's loss stalls where ReLU's goes on falling.
+
+Source: 001. Refuted by a sigmoid net whose loss does not lag a ReLU net's, or that does so at some settings only.
+
+Nets 2-8-8-1 on 300 points, full batch, 800 epochs; the article names neither optimizer nor rate, so the settings that
+come nearest to its four figures are the study's own, and how far they stay is said. The other settings are the claim's
+test: a plateau that another rate leaves is one of the rate, not of sigmoid alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from studies.small_nets import HIDDEN, TEST_POINTS, TRAIN_POINTS, Hidden, Layers, Setting, Trained, logits, moons, train
+from studies.spread import Spread, percent, shown, spread_of
+from studies.study import Chart, Claim, Field, Figure, Finding, Line, Options, Table, Verdict
+
+CLAIM = Claim(
+    number=4,
+    name="moons",
+    title="Sigmoid stalls on two moons where ReLU goes on",
+    statement="On two moons sigmoid's loss stalls near 0.28 by epoch 400, at an accuracy of about 79 %; ReLU's goes "
+    "from about 0.15 to about 0.03 by epoch 800, at about 96 %.",
+    source="001",
+    refuted_by="a sigmoid net whose loss does not lag a ReLU net's, or one that leaves the plateau at another rate.",
+)
+
+NEAREST = Setting()  # of those below, the one that Adam's plateau and ReLU's end together come nearest with
+OTHERS = (
+    Setting(rate=1e-3),
+    Setting(rate=1e-2),
+    Setting("sgd", 0.1),
+    Setting("sgd", 0.3),
+    Setting("sgd", 1.0),
+    Setting(noise=0.1),
+    Setting(noise=0.3),
+)
+QUICK_OTHERS = (Setting(rate=1e-2), Setting("sgd", 0.3))
+SEEDS, QUICK_SEEDS = 20, 5
+HALF, END = 400, 800  # the article's epochs
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure of the article. It agrees where it lies in the range of our seeds, or `within` of its ends."""
+
+    what: str
+    hidden: Hidden
+    kind: str  # loss or accuracy
+    epoch: int
+    value: float
+    within: float
+
+
+PUBLISHED = (
+    Published("sigmoid's loss at epoch 400", "sigmoid", "loss", HALF, 0.28, 0.01),
+    Published("sigmoid's accuracy", "sigmoid", "accuracy", END, 0.79, 0.01),
+    Published("ReLU's loss at epoch 800", "relu", "loss", END, 0.03, 0.01),
+    Published("ReLU's accuracy", "relu", "accuracy", END, 0.96, 0.01),
+)
+PLATEAU = 0.2  # a loss over this at the end has not left it: the straight line through the moons is at 0.25 to 0.33
+EPOCHS_SHOWN = (0, 20, 40, 60, 80, 100, 130, 160, 200, 250, 300, 350, 400, 450, 500, 560, 620, 700, 800)
+GRID = (36, 44)  # rows, columns: 19 epochs of two nets are 80 KB in base64
+EXTENT = (-2.2, 2.2, -2.2, 2.2)  # of standardised points; all but 1 in 1000 are inside
+CURVE_EVERY = 10  # epochs between points of a curve
+
+Runs = dict[Hidden, Trained]
+
+
+def run(options: Options) -> Finding:
+    seeds = range(options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
+    return found(seeds, QUICK_OTHERS if options.quick else OTHERS, options)
+
+
+def found(seeds: Sequence[int], others: Sequence[Setting], options: Options, nearest: Setting = NEAREST) -> Finding:
+    """The study at any size."""
+    settings = (nearest, *others)
+    runs: list[Runs] = []
+    snapshots = Snapshots(seeds[0], nearest)
+    for at, setting in enumerate(settings):
+        of_setting: Runs = {}
+        for half, hidden in enumerate(HIDDEN):
+            options.report(f"{setting.optimizer_name}, {hidden}", (at + half / 2) / len(settings))
+            seen = snapshots.seen(hidden) if setting is nearest else lambda epoch, layers: None
+            of_setting[hidden] = train(hidden, setting, seeds, seen)
+        runs.append(of_setting)
+    return conclude(settings, runs, snapshots, list(seeds))
+
+
+class Snapshots:
+    """The first seed's boundary at some epochs, as the page's slider shows it."""
+
+    def __init__(self, seed: int, setting: Setting) -> None:
+        rows, columns = GRID
+        x0, x1, y0, y1 = EXTENT
+        self.x, self.y = np.linspace(x0, x1, columns), np.linspace(y0, y1, rows)
+        self._grid = torch.from_numpy(np.stack(np.meshgrid(self.x, self.y), axis=-1).reshape(1, -1, 2)).float()
+        self.epochs = [epoch for epoch in EPOCHS_SHOWN if epoch <= setting.epochs]
+        self.maps: dict[Hidden, list[NDArray[np.float64]]] = {hidden: [] for hidden in HIDDEN}
+        points = moons([seed if setting.draw is None else setting.draw], setting.noise)
+        self.points, self.labels = points.x[0].numpy(), points.y[0].numpy()
+
+    def seen(self, hidden: Hidden) -> Any:
+        """What `train` calls after every epoch."""
+
+        def see(epoch: int, layers: Layers) -> None:
+            if epoch in self.epochs:
+                first = [(weights[:1], bias[:1]) for weights, bias in layers]
+                p = torch.sigmoid(logits(first, hidden, self._grid))[0]
+                self.maps[hidden].append(p.double().numpy().reshape(GRID))
+
+        return see
+
+    def data(self, nearest: Runs) -> dict[str, Any]:
+        """JSON: each map's probabilities as bytes, 0 to 255, rows from the lowest y, in base64."""
+        at = self.epochs
+        return {
+            "epochs": at,
+            "extent": list(EXTENT),
+            "size": list(GRID),
+            "models": {hidden: [_bytes_of(p) for p in maps] for hidden, maps in self.maps.items()},
+            "points": {
+                "x": np.round(self.points[:, 0], 3).tolist(),
+                "y": np.round(self.points[:, 1], 3).tolist(),
+                "label": self.labels.astype(int).tolist(),
+            },
+            "loss": {hidden: np.round(nearest[hidden].loss[at, 0], 4).tolist() for hidden in HIDDEN},
+            "accuracy": {hidden: np.round(nearest[hidden].accuracy[at, 0], 4).tolist() for hidden in HIDDEN},
+        }
+
+    def field(self, hidden: Hidden, nearest: Runs) -> Field:
+        """The last map, as a drawing."""
+        name = "ReLU" if hidden == "relu" else hidden
+        accuracy, loss = nearest[hidden].accuracy[-1, 0], nearest[hidden].loss[-1, 0]
+        classes = {
+            f"moon {label}": tuple(np.round(self.points[self.labels == label, axis], 3).tolist() for axis in (0, 1))
+            for label in (0, 1)
+        }
+        return Field(
+            f"boundary-{hidden}",
+            f"{name} after {self.epochs[-1]} epochs: loss {loss:.3f}, accuracy {percent(accuracy)}",
+            np.round(self.x, 3).tolist(),
+            np.round(self.y, 3).tolist(),
+            np.round(self.maps[hidden][-1], 3).tolist(),
+            {name: (x, y) for name, (x, y) in classes.items()},
+            "Probability of moon 1 over the standardised plane, the line where it is a half, and the training points; "
+            "the study's first seed.",
+        )
+
+
+def _bytes_of(p: NDArray[np.float64]) -> str:
+    return base64.b64encode(np.round(255 * p).astype(np.uint8).tobytes()).decode()
+
+
+def value(published: Published, of_setting: Runs) -> Spread:
+    history = getattr(of_setting[published.hidden], published.kind)
+    return spread_of(history[min(published.epoch, len(history) - 1)])
+
+
+def distance(of_setting: Runs) -> float:
+    """How far a setting stays from the article: the mean of the four figures' relative differences."""
+    return float(np.mean([abs(value(each, of_setting).median / each.value - 1) for each in PUBLISHED]))
+
+
+def conclude(settings: Sequence[Setting], runs: Sequence[Runs], snapshots: Snapshots, seeds: list[int]) -> Finding:
+    """The verdict, by rule: it holds where all four figures agree and sigmoid stalls at every setting; in part where at
+    least sigmoid lags ReLU in every seed of the nearest setting; else it did not reproduce."""
+    nearest = runs[0]
+    middle = min(HALF, settings[0].epochs)
+    sigmoid, relu = (nearest[hidden].loss for hidden in HIDDEN)
+    lags = bool((sigmoid[middle] > relu[middle]).all() and (sigmoid[-1] > relu[-1]).all())
+    figures = [_figure(each, nearest) for each in PUBLISHED]
+    agree = [figure for figure in figures if figure.agrees]
+    leaves = [
+        setting.optimizer_name
+        for setting, of_setting in zip(settings, runs, strict=True)
+        if np.median(of_setting["sigmoid"].loss[-1]) < PLATEAU
+    ]
+    holds = lags and len(agree) == len(figures) and not leaves
+    verdict: Verdict = "holds" if holds else "holds in part" if lags else "did not reproduce"
+    ends = {hidden: (spread_of(nearest[hidden].loss[-1]), spread_of(nearest[hidden].accuracy[-1])) for hidden in HIDDEN}
+    end = settings[0].epochs
+    missed = ", ".join(figure.what for figure in figures if not figure.agrees)
+    sentence = (
+        f"With {settings[0].optimizer_name} sigmoid's loss is {spread_of(sigmoid[middle]).text()} at epoch {middle} "
+        f"and {ends['sigmoid'][0].text()} at {end}, its accuracy {percent(ends['sigmoid'][1].median)}; ReLU's are "
+        f"{ends['relu'][0].text()} and {percent(ends['relu'][1].median)}. "
+        + (f"Of the article's figures these did not reproduce: {missed}. " if missed else "")
+    )
+    sentence += (
+        f"The plateau depends on the rate: with {' and '.join(leaves)} sigmoid leaves it within {settings[0].epochs} "
+        "epochs."
+        if leaves
+        else "At no setting tried did sigmoid leave the plateau."
+    )
+    passes = [int(np.argmax(relu[:, at] < 0.15)) for at in range(len(seeds)) if (relu[:, at] < 0.15).any()]
+    if passes:
+        figures.append(Figure("epoch at which ReLU's loss passes 0.15", spread_of(passes).text(), "before 800"))
+    left = int((sigmoid[-1] < PLATEAU).sum())
+    said = f"{left} of {len(seeds)}"
+    figures.append(Figure("seeds whose sigmoid net has left the plateau by the end", said, "it stalls", left == 0))
+    return Finding(
+        verdict=verdict,
+        sentence=sentence,
+        figures=figures,
+        settings={
+            "net": "-".join(map(str, settings[0].widths)),
+            "points": f"make_moons, noise {settings[0].noise:g}, {TRAIN_POINTS} standardised, another draw by seed",
+            "tested on": f"{TEST_POINTS} other points",
+            "start": "normal: Xavier for sigmoid, He for ReLU, Xavier for both outputs; biases zero",
+            "training": f"{settings[0].optimizer_name}, full batch, {settings[0].epochs} epochs, binary cross-entropy",
+            "seeds": seeds,
+            "boundary and snapshots": f"seed {seeds[0]}",
+        },
+        tables=[_table(settings, runs)],
+        charts=[
+            _curves("loss", "Loss over epochs", "training loss (binary cross-entropy)", nearest),
+            _curves("accuracy", "Accuracy over epochs", "accuracy on unseen points", nearest),
+            _rates(settings, runs),
+            *(snapshots.field(hidden, nearest) for hidden in HIDDEN),
+        ],
+        data={"snapshots": snapshots.data(nearest)},
+    )
+
+
+def _figure(published: Published, nearest: Runs) -> Figure:
+    measured = value(published, nearest)
+    agrees = measured.low - published.within <= published.value <= measured.high + published.within
+    if published.kind == "loss":
+        return Figure(published.what, measured.text(), f"about {published.value:g}", agrees)
+    ends = f" ({percent(measured.low)} to {percent(measured.high)})" if measured.seeds > 1 else ""
+    return Figure(published.what, percent(measured.median) + ends, f"about {published.value:.0%}", agrees)
+
+
+def _table(settings: Sequence[Setting], runs: Sequence[Runs]) -> Table:
+    rows = []
+    for setting, of_setting in zip(settings, runs, strict=True):
+        figures = [value(each, of_setting) for each in PUBLISHED]
+        ends = spread_of(of_setting["sigmoid"].loss[-1])
+        texts = [
+            shown(each.median) if p.kind == "loss" else percent(each.median)
+            for p, each in zip(PUBLISHED, figures, strict=True)
+        ]
+        rows.append(
+            [setting.optimizer_name, setting.noise, texts[0], ends.text(), *texts[1:], round(distance(of_setting), 3)]
+        )
+    return Table(
+        "Settings, and how far each stays from the article",
+        ["optimizer, rate", "noise", "sigmoid, loss at 400", "at 800", "accuracy", "ReLU, loss at 800", "accuracy ",
+         "distance"],
+        rows,
+        "Medians over seeds. Distance: the mean of the four published figures' relative differences; the first row is "
+        "the study's own.",
+    )  # fmt: skip
+
+
+def _curves(kind: str, title: str, label: str, nearest: Runs) -> Chart:
+    lines = []
+    for hidden in HIDDEN:
+        history = getattr(nearest[hidden], kind)[::CURVE_EVERY]
+        epochs = [CURVE_EVERY * at for at in range(len(history))]
+        lines.append(_line("ReLU" if hidden == "relu" else hidden, epochs, history))
+    return Chart(kind, title, "epoch", label, lines, note="Median over seeds; the band is their range.")
+
+
+def _line(name: str, epochs: Sequence[float], history: NDArray[np.float64], dashed: bool = False) -> Line:
+    spreads = [spread_of(row) for row in history]
+    middle, low, high = ([round(getattr(s, end), 4) for s in spreads] for end in ("median", "low", "high"))
+    return Line(name, epochs, middle, low, high, dashed)
+
+
+def _rates(settings: Sequence[Setting], runs: Sequence[Runs]) -> Chart:
+    """Sigmoid alone, at each optimizer and rate."""
+    lines = []
+    for setting, of_setting in zip(settings, runs, strict=True):
+        if setting.noise != settings[0].noise:
+            continue
+        history = of_setting["sigmoid"].loss[:: 2 * CURVE_EVERY]
+        line = _line(setting.optimizer_name, [2 * CURVE_EVERY * at for at in range(len(history))], history)
+        lines.append(dataclasses.replace(line, low=None, high=None))
+    return Chart(
+        "rates", "Sigmoid's plateau depends on the rate", "epoch", "training loss of the sigmoid net", lines,
+        note="Medians over seeds, at the same noise.",
+    )  # fmt: skip
