@@ -138,6 +138,7 @@ def conclude(nets: Sequence[Net], seeds: list[int], base: Setting) -> Finding:
     learned = {
         f"{_name(net.hidden)}, {net.depth} hidden": percent(float((net.accuracy >= LEARNT).mean()), 0) for net in nets
     }
+    depths = ", ".join(str(net.depth) for net in nets if net.hidden == "relu")
     return Finding(
         verdict=verdict,
         sentence=sentence,
