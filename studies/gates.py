@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from sklearn.metrics import label_ranking_average_precision_score  # type: ignore[import-untyped]
+from sklearn.metrics import label_ranking_average_precision_score
 from torch import Tensor
 
 from export.bundle import Manifest
@@ -38,7 +38,7 @@ from studies import head
 from studies.served import Ask, serving
 from studies.small_gpt import AHEAD, SHARED, Job, measure_all, tokens_per_byte, train, within, within_frequency
 from studies.spread import shown, spread_of
-from studies.study import Chart, Claim, Figure, Finding, Line, Options, Table, Verdict
+from studies.study import Cell, Chart, Claim, Figure, Finding, Line, Options, Table, Verdict
 
 CLAIM = Claim(
     number=11,
@@ -135,7 +135,7 @@ def measure(model: ActuaryGPT, ids: Ids, tokens: int) -> Answers:
     """Of held-out text, from a net with either head."""
     T, V = model.config.context, model.config.vocab_size
     parts = []
-    batches = texts_of(ids, T, tokens).split(WINDOWS)
+    batches = torch.split(texts_of(ids, T, tokens), WINDOWS)
     for batch in batches:
         logits = model.logits(model.hidden_states(batch[:, :T])).flatten(0, 1)
         parts.append(answers(*logs_of(logits, model.config.head), within(batch, V).flatten(0, 1)))
@@ -145,12 +145,12 @@ def measure(model: ActuaryGPT, ids: Ids, tokens: int) -> Answers:
 def frequencies(ids: Ids, T: int, V: int, tokens: int) -> Answers:
     """The same of the frequencies on the training text, which see no prompt."""
     p = torch.from_numpy(within_frequency(ids.train, V))
-    batches = texts_of(ids, T, tokens).split(WINDOWS)
+    batches = torch.split(texts_of(ids, T, tokens), WINDOWS)
     parts = []
     for batch in batches:
         labels = within(batch, V).flatten(0, 1)
-        logs = (each.float().expand_as(labels) for each in (p.log(), torch.log1p(-p)))
-        parts.append(answers(*logs, labels))
+        yes, no = (each.float().expand_as(labels) for each in (p.log(), torch.log1p(-p)))
+        parts.append(answers(yes, no, labels))
     return mean_answers(parts, [len(batch) for batch in batches])
 
 
@@ -323,7 +323,9 @@ def signed(values: Sequence[float]) -> str:
 
 
 def _blocks(bits: dict[str, list[float]]) -> Table:
-    rows = [[name, *(round(each, 4) for each in bits[name]), round(float(np.mean(bits[name])), 4)] for name in BLOCKS]
+    rows: list[list[Cell]] = [
+        [name, *(round(each, 4) for each in bits[name]), round(float(np.mean(bits[name])), 4)] for name in BLOCKS
+    ]
     columns = ["activation", *(f"seed {at}" for at in range(len(bits["glu"]))), "mean"]
     note = (
         "glu's hidden width is 8C/3, so that all have as many parameters. Two seeds of one activation are on different "
@@ -333,7 +335,7 @@ def _blocks(bits: dict[str, list[float]]) -> Table:
 
 
 def _labels(by_head: dict[str, list[Answers]], alone: Answers) -> Table:
-    rows = []
+    rows: list[list[Cell]] = []
     for objective, name in READINGS.items():
         several = by_head.get(objective, [alone])
         each = {key: spread_of(getattr(a, key) for a in several) for key in ("precision", "bits", "ece", "expected")}

@@ -68,7 +68,7 @@ def measure(model: ActuaryGPT, ids: Ids, tokens: int) -> Measured:
     masses, hits_of = [], 0
     sums = np.zeros((2, 2))  # softmax and normalised sigmoid: nats, entropy in nats
     bins = {reading: np.zeros((3, ECE_BINS)) for reading in READINGS}
-    for batch in texts.split(WINDOWS):
+    for batch in torch.split(texts, WINDOWS):
         logits = model.logits(model.hidden_states(batch[:, :-1])).flatten(0, 1)  # [N, V]
         targets = batch[:, 1:].flatten()
         log_sigmoid = F.logsigmoid(logits)

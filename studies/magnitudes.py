@@ -21,7 +21,7 @@ from torch import Tensor
 
 from studies.small_nets import HIDDEN, Hidden, Layers, Setting, forward, moons, start, train
 from studies.spread import Spread, percent, shown, spread_of
-from studies.study import Chart, Claim, Figure, Finding, Line, Options, Table, Verdict
+from studies.study import Cell, Chart, Claim, Figure, Finding, Line, Options, Table, Verdict
 
 CLAIM = Claim(
     number=5,
@@ -192,7 +192,7 @@ def _name(hidden: Hidden) -> str:
 
 
 def _table(net: Net) -> Table:
-    rows = []
+    rows: list[list[Cell]] = []
     for number, (fresh, trained) in enumerate(zip(net.start, net.trained, strict=True), start=1):
         values = (fresh.before, fresh.after, fresh.varies, trained.before, trained.after, trained.varies)
         rows.append([number, *(spread_of(each).text() for each in values)])

@@ -19,9 +19,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from studies.small_nets import HIDDEN, TEST_POINTS, TRAIN_POINTS, Hidden, Layers, Setting, Trained, logits, moons, train
+from studies.small_nets import (
+    EVERY,
+    HIDDEN,
+    TEST_POINTS,
+    TRAIN_POINTS,
+    Hidden,
+    Layers,
+    Setting,
+    Trained,
+    logits,
+    moons,
+    train,
+)
 from studies.spread import Spread, percent, shown, spread_of
-from studies.study import Chart, Claim, Field, Figure, Finding, Line, Options, Table, Verdict
+from studies.study import Cell, Chart, Claim, Field, Figure, Finding, Line, Options, Table, Verdict
 
 CLAIM = Claim(
     number=4,
@@ -70,7 +82,6 @@ PLATEAU = 0.2  # a loss over this at the end has not left it: the straight line 
 EPOCHS_SHOWN = (0, 20, 40, 60, 80, 100, 130, 160, 200, 250, 300, 350, 400, 450, 500, 560, 620, 700, 800)
 GRID = (36, 44)  # rows, columns: 19 epochs of two nets are 80 KB in base64
 EXTENT = (-2.2, 2.2, -2.2, 2.2)  # of standardised points; all but 1 in 1000 are inside
-CURVE_EVERY = 10  # epochs between points of a curve
 
 Runs = dict[Hidden, Trained]
 
@@ -132,8 +143,8 @@ class Snapshots:
                 "y": np.round(self.points[:, 1], 3).tolist(),
                 "label": self.labels.astype(int).tolist(),
             },
-            "loss": {hidden: np.round(nearest[hidden].loss[at, 0], 4).tolist() for hidden in HIDDEN},
-            "accuracy": {hidden: np.round(nearest[hidden].accuracy[at, 0], 4).tolist() for hidden in HIDDEN},
+            "loss": {hidden: [float(nearest[hidden].at(epoch)[0][0]) for epoch in at] for hidden in HIDDEN},
+            "accuracy": {hidden: [float(nearest[hidden].at(epoch)[1][0]) for epoch in at] for hidden in HIDDEN},
         }
 
     def field(self, hidden: Hidden, nearest: Runs) -> Field:
@@ -161,8 +172,9 @@ def _bytes_of(p: NDArray[np.float64]) -> str:
 
 
 def value(published: Published, of_setting: Runs) -> Spread:
-    history = getattr(of_setting[published.hidden], published.kind)
-    return spread_of(history[min(published.epoch, len(history) - 1)])
+    trained = of_setting[published.hidden]
+    loss, accuracy = trained.at(min(published.epoch, len(trained.loss) - 1))
+    return spread_of(loss if published.kind == "loss" else accuracy)
 
 
 def distance(of_setting: Runs) -> float:
@@ -241,7 +253,7 @@ def _figure(published: Published, nearest: Runs) -> Figure:
 
 
 def _table(settings: Sequence[Setting], runs: Sequence[Runs]) -> Table:
-    rows = []
+    rows: list[list[Cell]] = []
     for setting, of_setting in zip(settings, runs, strict=True):
         figures = [value(each, of_setting) for each in PUBLISHED]
         ends = spread_of(of_setting["sigmoid"].loss[-1])
@@ -265,8 +277,8 @@ def _table(settings: Sequence[Setting], runs: Sequence[Runs]) -> Table:
 def _curves(kind: str, title: str, label: str, nearest: Runs) -> Chart:
     lines = []
     for hidden in HIDDEN:
-        history = getattr(nearest[hidden], kind)[::CURVE_EVERY]
-        epochs = [CURVE_EVERY * at for at in range(len(history))]
+        history = nearest[hidden].loss[::EVERY] if kind == "loss" else nearest[hidden].accuracy
+        epochs = [EVERY * at for at in range(len(history))]
         lines.append(_line("ReLU" if hidden == "relu" else hidden, epochs, history))
     return Chart(kind, title, "epoch", label, lines, note="Median over seeds; the band is their range.")
 
@@ -283,8 +295,8 @@ def _rates(settings: Sequence[Setting], runs: Sequence[Runs]) -> Chart:
     for setting, of_setting in zip(settings, runs, strict=True):
         if setting.noise != settings[0].noise:
             continue
-        history = of_setting["sigmoid"].loss[:: 2 * CURVE_EVERY]
-        line = _line(setting.optimizer_name, [2 * CURVE_EVERY * at for at in range(len(history))], history)
+        history = of_setting["sigmoid"].loss[:: 2 * EVERY]
+        line = _line(setting.optimizer_name, [2 * EVERY * at for at in range(len(history))], history)
         lines.append(dataclasses.replace(line, low=None, high=None))
     return Chart(
         "rates", "Sigmoid's plateau depends on the rate", "epoch", "training loss of the sigmoid net", lines,

@@ -115,10 +115,10 @@ def train(job: Job, recipe: Recipe, corpus: Corpus, kept: Path, report: Callable
     path = kept / f"{job.name}-{digest}.safetensors"
     config: ActuaryConfig = recipe.config(job.variant)
     torch.manual_seed(job.seed)
-    model = ActuaryGPT(config)
+    model: ActuaryGPT = ActuaryGPT(config).eval()  # it has no dropout: the same in training
     if path.is_file():
         load_model(model, path)
-        return model.eval()
+        return model
     ids = corpus.ids(recipe.vocab)
     if job.bias:
         frequency = within_frequency(ids.train, recipe.vocab) if job.objective == "within" else None
@@ -135,7 +135,7 @@ def train(job: Job, recipe: Recipe, corpus: Corpus, kept: Path, report: Callable
             group["lr"] = group["peak"] * recipe.rate(step)
         batch = torch.from_numpy(windows(ids.train, drawn, job.seed, step)).long()
         loss = loss_of(model.logits(model.hidden_states(batch[:, : recipe.context])), batch, job.objective)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -151,7 +151,7 @@ def train(job: Job, recipe: Recipe, corpus: Corpus, kept: Path, report: Callable
     save_model(model, str(partial))
     partial.replace(path)
     state.unlink(missing_ok=True)
-    return model.eval()
+    return model
 
 
 def measure_all(

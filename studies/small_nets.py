@@ -9,8 +9,9 @@ alone, and fifty cost little more than one: of matrices of 8 x 8 the call is wha
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from sklearn.datasets import make_moons  # type: ignore[import-untyped]
+from sklearn.datasets import make_moons
 from torch import Tensor
 
 from models import activations
@@ -26,6 +27,7 @@ from models import activations
 Hidden = Literal["sigmoid", "relu"]
 HIDDEN: tuple[Hidden, ...] = ("sigmoid", "relu")
 TRAIN_POINTS, TEST_POINTS = 300, 2000
+EVERY = 10  # epochs between looks at the test points, which cost twice a step
 TEST_DRAW = 1_000_000  # added to a seed: test points are another draw of the same distribution
 Layers = list[tuple[Tensor, Tensor]]  # weights [S, in, out] and biases [S, 1, out] of each
 
@@ -58,11 +60,15 @@ class Moons:
 
 @dataclass(frozen=True)
 class Trained:
-    """S nets and how they came to be; row e of the histories is after e epochs."""
+    """S nets and how they came to be."""
 
     layers: Layers
-    loss: NDArray[np.float64]  # [epochs + 1, S], on the training points
-    accuracy: NDArray[np.float64]  # [epochs + 1, S], on the test points
+    loss: NDArray[np.float64]  # [epochs + 1, S], on the training points; row e is after e epochs
+    accuracy: NDArray[np.float64]  # [epochs / EVERY + 1, S], on the test points; row k is after k * EVERY epochs
+
+    def at(self, epoch: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Loss and accuracy [S] after a multiple of EVERY epochs."""
+        return self.loss[epoch], self.accuracy[epoch // EVERY]
 
 
 def moons(seeds: Sequence[int], noise: float) -> Moons:
@@ -109,6 +115,19 @@ def logits(layers: Layers, hidden: Hidden, x: Tensor) -> Tensor:
     return forward(layers, hidden, x)[0][-1][..., 0]
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Of products this small a second thread does no work, and waiting for it on a busy machine took ten times as long
+    as the training."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def train(
     hidden: Hidden,
     setting: Setting,
@@ -126,11 +145,12 @@ def train(
         each = F.binary_cross_entropy_with_logits(logits(layers, hidden, points.x), points.y, reduction="none").mean(1)
         with torch.no_grad():
             losses.append(each.numpy().astype(np.float64))
-            right = (logits(layers, hidden, points.test_x) > 0) == (points.test_y > 0)
-            accuracies.append(right.double().mean(1).numpy())
+            if epoch % EVERY == 0:
+                right = (logits(layers, hidden, points.test_x) > 0) == (points.test_y > 0)
+                accuracies.append(right.double().mean(1).numpy())
             seen(epoch, layers)
         if epoch < setting.epochs:
             optimizer.zero_grad()
-            each.sum().backward()  # a sum over seeds: each net's gradient is of its own mean loss
+            torch.autograd.backward(each.sum())  # a sum over seeds: each net's gradient is of its own mean loss
             optimizer.step()
     return Trained(layers, np.stack(losses), np.stack(accuracies))
