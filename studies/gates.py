@@ -36,9 +36,19 @@ from models.quality import WINDOWS, ece_of, reliability
 from models.train import Recipe
 from studies import head
 from studies.served import Ask, serving
-from studies.small_gpt import AHEAD, SHARED, Job, measure_all, tokens_per_byte, train, within, within_frequency
-from studies.spread import shown, spread_of
-from studies.study import Cell, Chart, Claim, Figure, Finding, Line, Options, Table, Verdict
+from studies.small_gpt import (
+    AHEAD,
+    SHARED,
+    Job,
+    held_out_windows,
+    measure_all,
+    tokens_per_byte,
+    train,
+    within,
+    within_frequency,
+)
+from studies.spread import line_of, shown, spread_of
+from studies.study import Cell, Chart, Claim, Figure, Finding, Options, Table, Verdict
 
 CLAIM = Claim(
     number=11,
@@ -124,18 +134,11 @@ def logs_of_each(p: Tensor) -> tuple[Tensor, Tensor]:
     return torch.log(-torch.expm1(log_no)).float(), log_no.float()
 
 
-def texts_of(ids: Ids, T: int, tokens: int) -> Tensor:
-    """Held-out windows [N, T + AHEAD], N * T about `tokens`."""
-    count = min(tokens, len(ids.held_out) - AHEAD) // T
-    places = np.arange(count)[:, None] * T + np.arange(T + AHEAD)
-    return torch.from_numpy(ids.held_out[places]).long()
-
-
 def measure(model: ActuaryGPT, ids: Ids, tokens: int) -> Answers:
     """Of held-out text, from a net with either head."""
     T, V = model.config.context, model.config.vocab_size
     parts = []
-    batches = torch.split(texts_of(ids, T, tokens), WINDOWS)
+    batches = torch.split(held_out_windows(ids, T, tokens, AHEAD), WINDOWS)
     for batch in batches:
         logits = model.logits(model.hidden_states(batch[:, :T])).flatten(0, 1)
         parts.append(answers(*logs_of(logits, model.config.head), within(batch, V).flatten(0, 1)))
@@ -145,7 +148,7 @@ def measure(model: ActuaryGPT, ids: Ids, tokens: int) -> Answers:
 def frequencies(ids: Ids, T: int, V: int, tokens: int) -> Answers:
     """The same of the frequencies on the training text, which see no prompt."""
     p = torch.from_numpy(within_frequency(ids.train, V))
-    batches = torch.split(texts_of(ids, T, tokens), WINDOWS)
+    batches = torch.split(held_out_windows(ids, T, tokens, AHEAD), WINDOWS)
     parts = []
     for batch in batches:
         labels = within(batch, V).flatten(0, 1)
@@ -205,8 +208,7 @@ def served(model: ActuaryGPT, corpus: Corpus, prompts: int, kept: Path) -> Serve
     bundles = kept / "bundles"
     tokenizer = corpus.tokenizer(V).to_str().encode()
     _, manifest = export_bundle(Checkpoint(BUNDLE, model, tokenizer, quality=None), bundles)
-    texts = texts_of(corpus.ids(V), T, corpus.ids(V).held_out.size)
-    texts = texts[np.linspace(0, len(texts) - 1, min(prompts, len(texts))).astype(int)]  # from all over the text
+    texts = held_out_windows(corpus.ids(V), T, prompts * T, AHEAD)
     with serving(bundles, kept) as ask:
         return ask_service(model, manifest, texts, ask)
 
@@ -236,7 +238,8 @@ def found(corpus: Corpus, recipe: Recipe, seeds: Sequence[int], tokens: int, pro
     options.report("export, serve and ask", 0.95)
     first = dataclasses.replace(LABELS, seed=seeds[0])
     asked = served(train(first, recipe, corpus, nets, lambda _: None), corpus, prompts, options.kept)
-    per_byte = tokens_per_byte(corpus, recipe.vocab, each_bits[0]["tokens"])
+    ids = corpus.ids(recipe.vocab)
+    per_byte = tokens_per_byte(corpus, recipe.vocab, held_out_windows(ids, recipe.context, 4 * tokens))
     bits = {
         name: [each["bits_per_token"][0] * per_byte for job, each in zip(blocks, each_bits, strict=True)
                if job.activation == name]
@@ -246,13 +249,14 @@ def found(corpus: Corpus, recipe: Recipe, seeds: Sequence[int], tokens: int, pro
         objective: [each for job, each in zip(heads, each_answers, strict=True) if job.objective == objective]
         for objective in ("within", "softmax")
     }
-    alone = frequencies(corpus.ids(recipe.vocab), recipe.context, recipe.vocab, tokens)
+    alone = frequencies(ids, recipe.context, recipe.vocab, tokens)
     settings = {
         "net": f"{recipe.layers} layers, {recipe.dim} channels, {recipe.vocab} ids, context {recipe.context}",
         "training": f"{recipe.steps} steps of {recipe.batch} windows; `actuary train`'s recipe, batches paired by seed",
         "seeds": list(seeds),
         "corpus sha256": corpus.sha256[:16],
-        "held-out tokens": f"{each_bits[0]['tokens']} for the blocks, {tokens} for the labels",
+        "held-out tokens": f"{each_bits[0]['tokens']} for the blocks, {tokens} for the labels, in "
+        "windows from all over the text",
         "labels": f"ids among the next {AHEAD}, summed binary cross-entropy, bias at their logit",
         "served": f"{asked.prompts} prompts of {min(PROMPT_TOKENS, recipe.context)} tokens over HTTP, all "
         f"{recipe.vocab} ids of each, fp32 on the CPU",
@@ -364,8 +368,7 @@ def _served(asked: Served) -> Table:
 
 
 def _bars(bits: dict[str, list[float]]) -> Chart:
-    spreads = [spread_of(bits[name]) for name in BLOCKS]
-    line = Line("", list(BLOCKS), [s.mean for s in spreads], [s.low for s in spreads], [s.high for s in spreads])
+    line = line_of("", BLOCKS, [spread_of(bits[name]) for name in BLOCKS])
     note = "Bars begin at zero; the marks are the range over seeds."
     return Chart(
         "blocks", "A sigmoid gate beside sigmoid units", "feed-forward block", "held-out bits per byte", [line], "bars",
@@ -374,10 +377,11 @@ def _bars(bits: dict[str, list[float]]) -> Chart:
 
 
 def _reliability(by_head: dict[str, list[Answers]], alone: Answers) -> Chart:
-    lines = [head.diagonal()]
+    lines = []
     for objective, name in READINGS.items():
         bins = np.sum([a.bins for a in by_head.get(objective, [alone])], axis=0)
         lines.append(head.reliability_line(name, bins))
+    lines.append(head.diagonal())
     return Chart(
         "reliability", f"Does it come as often as said? The {AHEAD} likeliest ids", "probability said",
         f"share found among the next {AHEAD}", lines, note=head.BINS_NOTE,

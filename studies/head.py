@@ -25,8 +25,8 @@ from models.corpus import Corpus, Ids
 from models.gpt import ActuaryConfig, ActuaryGPT
 from models.quality import ECE_BINS, WINDOWS, ece_of, reliability
 from models.train import Recipe
-from studies.small_gpt import SHARED, Job, measure_all, tokens_per_byte
-from studies.spread import shown, spread_of
+from studies.small_gpt import SHARED, Job, held_out_windows, measure_all, tokens_per_byte
+from studies.spread import line_of, shown, spread_of
 from studies.study import Chart, Claim, Figure, Finding, Line, Options, Table, Verdict
 
 CLAIM = Claim(
@@ -56,15 +56,12 @@ Measured = dict[str, Any]
 
 
 def measure(model: ActuaryGPT, ids: Ids, tokens: int) -> Measured:
-    """Of the first `tokens` held-out tokens, each predicted from the window that it stands in.
+    """Of about so many held-out tokens, each predicted from the window that it stands in.
 
     Returns: mean mass and its 5th and 95th percentile over positions; entropy in bits and bits per token of softmax
     and of the normalised sigmoids; top-1; reliability bins of each reading.
     """
-    T = model.config.context
-    windows = (min(tokens, len(ids.held_out) - 1)) // T
-    places = np.arange(windows)[:, None] * T + np.arange(T + 1)
-    texts = torch.from_numpy(ids.held_out[places]).long()  # [windows, T + 1]
+    texts = held_out_windows(ids, model.config.context, tokens)
     masses, hits_of = [], 0
     sums = np.zeros((2, 2))  # softmax and normalised sigmoid: nats, entropy in nats
     bins = {reading: np.zeros((3, ECE_BINS)) for reading in READINGS}
@@ -132,9 +129,10 @@ def found(corpus: Corpus, recipe: Recipe, seeds: Sequence[int], tokens: int, opt
         "bias": "of the head: learned from the frequencies' log or logit on; or zero for good",
         "seeds": list(seeds),
         "corpus sha256": corpus.sha256[:16],
-        "held-out tokens": each[0]["tokens"],
+        "held-out tokens": f"{each[0]['tokens']}, in windows from all over the text",
     }
-    return conclude(rows, tokens_per_byte(corpus, recipe.vocab, each[0]["tokens"]), untrained_mass(), settings)
+    per_byte = tokens_per_byte(corpus, recipe.vocab, held_out_windows(corpus.ids(recipe.vocab), recipe.context, tokens))
+    return conclude(rows, per_byte, untrained_mass(), settings)
 
 
 def untrained_mass(V: int = ARTICLE_V) -> float:
@@ -243,8 +241,7 @@ def _calibration(rows: dict[str, list[Measured]]) -> Table:
 
 
 def _mass_bars(masses: dict[str, Any]) -> Chart:
-    several = list(masses.values())
-    line = Line("", list(masses), [s.mean for s in several], [s.low for s in several], [s.high for s in several])
+    line = line_of("", list(masses), list(masses.values()))
     return Chart(
         "mass", "What the sigmoids sum to", "trained with", "mean mass of sigmoid over the vocabulary", [line], "bars",
         log_y=True, note="Softmax's is 1 always; the marks are the range over seeds.",
@@ -252,9 +249,10 @@ def _mass_bars(masses: dict[str, Any]) -> Chart:
 
 
 def _reliability(reading: str, rows: dict[str, list[Measured]]) -> Chart:
-    lines = [diagonal()]
+    lines = []
     for name, several in rows.items():
         lines.append(reliability_line(name, np.sum([each["bins"][reading] for each in several], axis=0)))
+    lines.append(diagonal())
     return Chart(
         f"reliability-{reading.replace(' ', '-')}", f"Is the likeliest token right as often as said? Read as {reading}",
         "probability said", "share that was right", lines, note=BINS_NOTE,

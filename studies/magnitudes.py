@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from studies.small_nets import HIDDEN, Hidden, Layers, Setting, forward, moons, start, train
-from studies.spread import Spread, percent, shown, spread_of
-from studies.study import Cell, Chart, Claim, Figure, Finding, Line, Options, Table, Verdict
+from studies.spread import Spread, line_of, percent, shown, spread_of
+from studies.study import Cell, Chart, Claim, Figure, Finding, Options, Table, Verdict
 
 CLAIM = Claim(
     number=5,
@@ -37,7 +37,7 @@ WIDTH = 8
 DEPTHS = (2, 4, 8)  # hidden layers
 SEEDS, QUICK_SEEDS, QUICK_DEPTHS = 20, 5, (2, 4)
 BEFORE, COMPRESSED, DEEP = 2.0, 0.3, (0.5, 0.6)  # the article's
-NEAR = 0.1  # of the article's figures, beside the range over seeds
+NEAR = 0.1  # of the article's figure: how far beside the range over seeds still agrees
 KEPT = 0.8  # ReLU keeps its magnitude where the last hidden layer's is at least this share of the first's
 LEARNT = 0.75  # a net below this accuracy has not learned the task: half is a guess
 
@@ -112,7 +112,7 @@ def conclude(nets: Sequence[Net], seeds: list[int], base: Setting) -> Finding:
     first = [spread_of(net.trained[0].before) for net in (sigmoid, relu)]
     varies, after = spread_of(sigmoid.trained[0].varies), spread_of(sigmoid.trained[0].after)
     band = [spread_of(s.after) for s in deep]
-    in_band = all(DEEP[0] - NEAR <= s.median <= DEEP[1] + NEAR for s in band)
+    in_band = all(DEEP[0] * (1 - NEAR) <= s.median <= DEEP[1] * (1 + NEAR) for s in band)
     figures = [
         *(Figure(f"{name} first-layer pre-activation, mean magnitude", each.text(), "about 2.0", _near(each, BEFORE))
           for name, each in zip(("sigmoid's", "ReLU's"), first, strict=True)),
@@ -121,7 +121,7 @@ def conclude(nets: Sequence[Net], seeds: list[int], base: Setting) -> Finding:
                _near(varies, COMPRESSED)),
         Figure("sigmoid's deeper activations, mean magnitude", _ends(band), "0.5 to 0.6", in_band),
         Figure("ReLU's last hidden magnitude over its first, by depth",
-               ", ".join(shown(share) for share in shares), "kept", keeps),
+               ", ".join(shown(share) for share in shares), f"kept: at least {KEPT:g}", keeps),
     ]  # fmt: skip
     exact = all(figure.agrees for figure in figures)
     verdict: Verdict = (
@@ -157,7 +157,7 @@ def conclude(nets: Sequence[Net], seeds: list[int], base: Setting) -> Finding:
             _chart("varies", "What differs between points, after training", "standard deviation over points", nets,
                    "trained", "varies"),
             _chart("varies-at-start", "What differs between points, before training", "standard deviation over points",
-                   nets, "start", "varies"),
+                   [net for net in nets if net.depth == nets[-1].depth], "start", "varies"),
         ],
     )  # fmt: skip
 
@@ -208,8 +208,7 @@ def _chart(name: str, title: str, label: str, nets: Sequence[Net], when: str, wh
     lines = []
     for net in nets:
         layers = [spread_of(getattr(signal, what)) for signal in getattr(net, when)]
-        middle, low, high = ([round(getattr(s, end), 4) for s in layers] for end in ("median", "low", "high"))
         numbers = list(range(1, len(layers) + 1))
-        lines.append(Line(f"{_name(net.hidden)}, {net.depth} hidden", numbers, middle, low, high, net.hidden == "relu"))
-    return Chart(name, title, "hidden layer", label, lines, log_y=True,
-                 note="Medians over seeds; the bands are their range.")  # fmt: skip
+        lines.append(line_of(f"{_name(net.hidden)}, {net.depth} hidden", numbers, layers, net.hidden == "relu"))
+    note = "Medians over seeds; the bands are their range, whose floor is 0 where a ReLU net is dead."
+    return Chart(name, title, "hidden layer", label, lines, log_y=True, note=note)

@@ -10,7 +10,6 @@ test: a plateau that another rate leaves is one of the rate, not of sigmoid alon
 from __future__ import annotations
 
 import base64
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +25,14 @@ from studies.small_nets import (
     TRAIN_POINTS,
     Hidden,
     Layers,
+    Moons,
     Setting,
     Trained,
     logits,
     moons,
     train,
 )
-from studies.spread import Spread, percent, shown, spread_of
+from studies.spread import Spread, line_of, percent, shown, spread_of
 from studies.study import Cell, Chart, Claim, Field, Figure, Finding, Line, Options, Table, Verdict
 
 CLAIM = Claim(
@@ -95,7 +95,7 @@ def found(seeds: Sequence[int], others: Sequence[Setting], options: Options, nea
     """The study at any size."""
     settings = (nearest, *others)
     runs: list[Runs] = []
-    snapshots = Snapshots(seeds[0], nearest)
+    snapshots = Snapshots(nearest)
     for at, setting in enumerate(settings):
         of_setting: Runs = {}
         for half, hidden in enumerate(HIDDEN):
@@ -107,63 +107,58 @@ def found(seeds: Sequence[int], others: Sequence[Setting], options: Options, nea
 
 
 class Snapshots:
-    """The first seed's boundary at some epochs, as the page's slider shows it."""
+    """Every seed's boundary at some epochs, of which one seed's are drawn, and kept for the page's slider."""
 
-    def __init__(self, seed: int, setting: Setting) -> None:
+    def __init__(self, setting: Setting) -> None:
         rows, columns = GRID
         x0, x1, y0, y1 = EXTENT
         self.x, self.y = np.linspace(x0, x1, columns), np.linspace(y0, y1, rows)
         self._grid = torch.from_numpy(np.stack(np.meshgrid(self.x, self.y), axis=-1).reshape(1, -1, 2)).float()
         self.epochs = [epoch for epoch in EPOCHS_SHOWN if epoch <= setting.epochs]
         self.maps: dict[Hidden, list[NDArray[np.float64]]] = {hidden: [] for hidden in HIDDEN}
-        points = moons([seed if setting.draw is None else setting.draw], setting.noise)
-        self.points, self.labels = points.x[0].numpy(), points.y[0].numpy()
 
     def seen(self, hidden: Hidden) -> Any:
         """What `train` calls after every epoch."""
 
         def see(epoch: int, layers: Layers) -> None:
             if epoch in self.epochs:
-                first = [(weights[:1], bias[:1]) for weights, bias in layers]
-                p = torch.sigmoid(logits(first, hidden, self._grid))[0]
-                self.maps[hidden].append(p.double().numpy().reshape(GRID))
+                p = torch.sigmoid(logits(layers, hidden, self._grid))  # [S, rows * columns]
+                self.maps[hidden].append(p.double().numpy().reshape(-1, *GRID))
 
         return see
 
-    def data(self, nearest: Runs) -> dict[str, Any]:
-        """JSON: each map's probabilities as bytes, 0 to 255, rows from the lowest y, in base64."""
-        at = self.epochs
+    def data(self, nearest: Runs, points: Moons, index: int) -> dict[str, Any]:
+        """JSON of a seed: each map's probabilities as bytes, 0 to 255, rows from the lowest y, in base64."""
+        at, x = self.epochs, points.x[index].double().numpy().round(3)
         return {
             "epochs": at,
             "extent": list(EXTENT),
             "size": list(GRID),
-            "models": {hidden: [_bytes_of(p) for p in maps] for hidden, maps in self.maps.items()},
+            "models": {hidden: [_bytes_of(p[index]) for p in maps] for hidden, maps in self.maps.items()},
             "points": {
-                "x": np.round(self.points[:, 0], 3).tolist(),
-                "y": np.round(self.points[:, 1], 3).tolist(),
-                "label": self.labels.astype(int).tolist(),
+                "x": x[:, 0].tolist(),
+                "y": x[:, 1].tolist(),
+                "label": points.y[index].int().tolist(),
             },
-            "loss": {hidden: [float(nearest[hidden].at(epoch)[0][0]) for epoch in at] for hidden in HIDDEN},
-            "accuracy": {hidden: [float(nearest[hidden].at(epoch)[1][0]) for epoch in at] for hidden in HIDDEN},
+            "loss": {hidden: [float(nearest[hidden].at(epoch)[0][index]) for epoch in at] for hidden in HIDDEN},
+            "accuracy": {hidden: [float(nearest[hidden].at(epoch)[1][index]) for epoch in at] for hidden in HIDDEN},
         }
 
-    def field(self, hidden: Hidden, nearest: Runs) -> Field:
-        """The last map, as a drawing."""
+    def field(self, hidden: Hidden, nearest: Runs, points: Moons, index: int) -> Field:
+        """The last map of a seed, as a drawing."""
         name = "ReLU" if hidden == "relu" else hidden
-        accuracy, loss = nearest[hidden].accuracy[-1, 0], nearest[hidden].loss[-1, 0]
-        classes = {
-            f"moon {label}": tuple(np.round(self.points[self.labels == label, axis], 3).tolist() for axis in (0, 1))
-            for label in (0, 1)
-        }
+        accuracy, loss = nearest[hidden].accuracy[-1, index], nearest[hidden].loss[-1, index]
+        x, y = points.x[index].double().numpy().round(3), points.y[index].numpy()
+        classes = {f"moon {label}": (x[y == label, 0].tolist(), x[y == label, 1].tolist()) for label in (0, 1)}
         return Field(
             f"boundary-{hidden}",
             f"{name} after {self.epochs[-1]} epochs: loss {loss:.3f}, accuracy {percent(accuracy)}",
             np.round(self.x, 3).tolist(),
             np.round(self.y, 3).tolist(),
-            np.round(self.maps[hidden][-1], 3).tolist(),
-            {name: (x, y) for name, (x, y) in classes.items()},
+            np.round(self.maps[hidden][-1][index], 3).tolist(),
+            classes,
             "Probability of moon 1 over the standardised plane, the line where it is a half, and the training points; "
-            "the study's first seed.",
+            "of the seed whose sigmoid net ends nearest the median loss.",
         )
 
 
@@ -188,6 +183,8 @@ def conclude(settings: Sequence[Setting], runs: Sequence[Runs], snapshots: Snaps
     nearest = runs[0]
     middle = min(HALF, settings[0].epochs)
     sigmoid, relu = (nearest[hidden].loss for hidden in HIDDEN)
+    index = int(np.abs(sigmoid[-1] - np.median(sigmoid[-1])).argmin())
+    points = moons([seed if settings[0].draw is None else settings[0].draw for seed in seeds], settings[0].noise)
     lags = bool((sigmoid[middle] > relu[middle]).all() and (sigmoid[-1] > relu[-1]).all())
     figures = [_figure(each, nearest) for each in PUBLISHED]
     agree = [figure for figure in figures if figure.agrees]
@@ -230,16 +227,16 @@ def conclude(settings: Sequence[Setting], runs: Sequence[Runs], snapshots: Snaps
             "start": "normal: Xavier for sigmoid, He for ReLU, Xavier for both outputs; biases zero",
             "training": f"{settings[0].optimizer_name}, full batch, {settings[0].epochs} epochs, binary cross-entropy",
             "seeds": seeds,
-            "boundary and snapshots": f"seed {seeds[0]}",
+            "boundary and snapshots": f"seed {seeds[index]}, whose sigmoid net ends nearest the median loss",
         },
         tables=[_table(settings, runs)],
         charts=[
             _curves("loss", "Loss over epochs", "training loss (binary cross-entropy)", nearest),
             _curves("accuracy", "Accuracy over epochs", "accuracy on unseen points", nearest),
             _rates(settings, runs),
-            *(snapshots.field(hidden, nearest) for hidden in HIDDEN),
+            *(snapshots.field(hidden, nearest, points, index) for hidden in HIDDEN),
         ],
-        data={"snapshots": snapshots.data(nearest)},
+        data={"snapshots": snapshots.data(nearest, points, index)},
     )
 
 
@@ -249,7 +246,7 @@ def _figure(published: Published, nearest: Runs) -> Figure:
     if published.kind == "loss":
         return Figure(published.what, measured.text(), f"about {published.value:g}", agrees)
     ends = f" ({percent(measured.low)} to {percent(measured.high)})" if measured.seeds > 1 else ""
-    return Figure(published.what, percent(measured.median) + ends, f"about {published.value:.0%}", agrees)
+    return Figure(published.what, percent(measured.median) + ends, f"about {percent(published.value, 0)}", agrees)
 
 
 def _table(settings: Sequence[Setting], runs: Sequence[Runs]) -> Table:
@@ -279,14 +276,8 @@ def _curves(kind: str, title: str, label: str, nearest: Runs) -> Chart:
     for hidden in HIDDEN:
         history = nearest[hidden].loss[::EVERY] if kind == "loss" else nearest[hidden].accuracy
         epochs = [EVERY * at for at in range(len(history))]
-        lines.append(_line("ReLU" if hidden == "relu" else hidden, epochs, history))
+        lines.append(line_of("ReLU" if hidden == "relu" else hidden, epochs, [spread_of(row) for row in history]))
     return Chart(kind, title, "epoch", label, lines, note="Median over seeds; the band is their range.")
-
-
-def _line(name: str, epochs: Sequence[float], history: NDArray[np.float64], dashed: bool = False) -> Line:
-    spreads = [spread_of(row) for row in history]
-    middle, low, high = ([round(getattr(s, end), 4) for s in spreads] for end in ("median", "low", "high"))
-    return Line(name, epochs, middle, low, high, dashed)
 
 
 def _rates(settings: Sequence[Setting], runs: Sequence[Runs]) -> Chart:
@@ -296,8 +287,8 @@ def _rates(settings: Sequence[Setting], runs: Sequence[Runs]) -> Chart:
         if setting.noise != settings[0].noise:
             continue
         history = of_setting["sigmoid"].loss[:: 2 * EVERY]
-        line = _line(setting.optimizer_name, [2 * EVERY * at for at in range(len(history))], history)
-        lines.append(dataclasses.replace(line, low=None, high=None))
+        epochs = [2 * EVERY * at for at in range(len(history))]
+        lines.append(Line(setting.optimizer_name, epochs, np.round(np.median(history, axis=1), 4).tolist()))
     return Chart(
         "rates", "Sigmoid's plateau depends on the rate", "epoch", "training loss of the sigmoid net", lines,
         note="Medians over seeds, at the same noise.",

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from actuary import ActuaryError, cores
 from models import activations
-from models.corpus import Corpus, Ids
+from models.corpus import END_OF_TEXT, Corpus, Ids
 from models.gpt import ActuaryConfig, ActuaryGPT, head_loss
 from models.resume import load_state, save_state
 from models.train import SAVE_EVERY_S, Recipe, Variant, optimizer_of, windows
@@ -102,10 +102,24 @@ def loss_of(logits: Tensor, batch: Tensor, objective: Objective) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(-1).mean()
 
 
-def tokens_per_byte(corpus: Corpus, V: int, tokens: int) -> float:
-    """Of the first `tokens` held-out tokens that are predicted: bits per token times this are bits per byte."""
-    ids = corpus.ids(V).held_out
-    return tokens / len(corpus.tokenizer(V).decode(ids[1 : tokens + 1].tolist()).encode())
+def held_out_windows(ids: Ids, T: int, tokens: int, ahead: int = 1) -> Tensor:
+    """[N, T + ahead]: windows of T held-out tokens and those after, from all over the text, N * T at most `tokens`.
+
+    They do not overlap but for what is ahead; where all are taken, they are those of models/quality.py.
+    """
+    there = (len(ids.held_out) - ahead) // T
+    chosen = np.linspace(0, there - 1, max(1, min(there, tokens // T))).astype(int)
+    return torch.from_numpy(ids.held_out[chosen[:, None] * T + np.arange(T + ahead)]).long()
+
+
+def tokens_per_byte(corpus: Corpus, V: int, windows: Tensor) -> float:
+    """Of the tokens that are predicted in windows [N, T + 1]: bits per token times this are bits per byte."""
+    tokenizer = corpus.tokenizer(V)
+    # A byte-level token has a letter for each byte; the end of a document is none.
+    bytes_of = np.array([len(tokenizer.id_to_token(id) or "") for id in range(V)])
+    bytes_of[tokenizer.token_to_id(END_OF_TEXT)] = 0
+    predicted = windows[:, 1:].numpy()
+    return predicted.size / int(bytes_of[predicted].sum())
 
 
 def train(job: Job, recipe: Recipe, corpus: Corpus, kept: Path, report: Callable[[float], None]) -> ActuaryGPT:

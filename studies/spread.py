@@ -1,11 +1,13 @@
-"""Figures of several seeds as they are read: mean or median, and the range over seeds."""
+"""Figures of several seeds as they are read, in words and in drawings: their median, and their range."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from studies.study import Line
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,14 @@ class Spread:
 def spread_of(values: Iterable[float]) -> Spread:
     array = np.fromiter(values, dtype=np.float64)
     return Spread(float(array.mean()), float(np.median(array)), float(array.min()), float(array.max()), len(array))
+
+
+def line_of(name: str, x: Sequence[float] | Sequence[str], spreads: Sequence[Spread], dashed: bool = False) -> Line:
+    """Medians, with the range where there are several seeds."""
+    middle, low, high = ([float(f"{getattr(each, end):.4g}") for each in spreads] for end in ("median", "low", "high"))
+    if all(each.seeds == 1 for each in spreads):
+        return Line(name, x, middle, dashed=dashed)
+    return Line(name, x, middle, low, high, dashed)
 
 
 def shown(value: float, figures: int = 3) -> str:
