@@ -13,7 +13,9 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
 import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -219,6 +221,15 @@ def _start_worker(threads: int, reports: Any) -> None:
     global _reports
     _reports = reports
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed stops nobody, and a worker would wait for its next job for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(job: Job, recipe: Recipe, corpus: Corpus, kept: Path, measure: Measure[Measured]) -> Measured:
