@@ -198,7 +198,7 @@ def _table(net: Net) -> Table:
         rows.append([number, *(spread_of(each).text() for each in values)])
     return Table(
         f"{_name(net.hidden)}, {net.depth} hidden layers",
-        ["layer", "start: before", "after", "differs by", "trained: before ", "after ", "differs by "],
+        ["layer", "start: before", "start: after", "start: differs by", "before", "after", "differs by"],
         rows,
         f"Medians over seeds of mean magnitudes, with their range. Accuracy {percent(float(np.median(net.accuracy)))}.",
     )

@@ -134,7 +134,7 @@ def test_moons_direction_and_verdict(options):
 
 def test_moons_that_do_not_lag_did_not_reproduce(options):
     """Where the net called sigmoid is trained as the ReLU net is."""
-    setting = dataclasses.replace(moons.NEAREST, epochs=60)
+    setting = dataclasses.replace(moons.OWN, epochs=60)
     snapshots = moons.Snapshots(setting)
     one = train("relu", setting, SEEDS, snapshots.seen("relu"))
     snapshots.maps["sigmoid"] = snapshots.maps["relu"]
@@ -143,7 +143,7 @@ def test_moons_that_do_not_lag_did_not_reproduce(options):
 
 
 def test_snapshots_decode(options):
-    setting = dataclasses.replace(moons.NEAREST, epochs=60)
+    setting = dataclasses.replace(moons.OWN, epochs=60)
     finding = moons.found(SEEDS[:2], [], options, setting)
     kept = finding.data["snapshots"]
     assert kept["epochs"] == [0, 20, 40, 60]
@@ -165,7 +165,7 @@ def test_snapshots_decode(options):
 
 
 def test_a_map_begins_at_the_lowest_y():
-    snapshots = moons.Snapshots(moons.NEAREST)
+    snapshots = moons.Snapshots(moons.OWN)
     rises = [(torch.tensor([[[0.0], [2.0]]]), torch.zeros(1, 1, 1))]  # the logit is 2 y
     snapshots.seen("relu")(0, rises)
     [[p]] = snapshots.maps["relu"]
