@@ -30,6 +30,7 @@ from torch import Tensor
 
 from export.bundle import Manifest
 from export.exporter import Checkpoint, export_bundle
+from models.activations import get
 from models.corpus import Corpus, Ids
 from models.gpt import ActuaryGPT
 from models.quality import WINDOWS, ece_of, reliability
@@ -313,6 +314,7 @@ def conclude(
         settings=settings,
         tables=[_blocks(bits), _labels(by_head, alone), _served(asked)],
         charts=[_bars(bits), _reliability(by_head, alone)],
+        data={"digests": {name: get(name).digest for name in BLOCKS}},
     )
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from models.activations import get
 from models.corpus import Corpus, Ids
 from models.gpt import ActuaryConfig, ActuaryGPT
 from models.quality import ECE_BINS, WINDOWS, ece_of, reliability
@@ -173,6 +174,7 @@ def conclude(rows: dict[str, list[Measured]], per_byte: float, untrained: float,
         settings=settings,
         tables=[_quality(rows, per_byte), _mass(rows), _calibration(rows)],
         charts=[_mass_bars(masses), *(_reliability(reading, rows) for reading in READINGS)],
+        data={"digests": {"gelu": get("gelu").digest}},
     )
 
 

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.activations import get
 from studies.small_nets import HIDDEN, Hidden, Layers, Setting, forward, moons, start, train
 from studies.spread import Spread, line_of, percent, shown, spread_of
 from studies.study import Cell, Chart, Claim, Figure, Finding, Options, Table, Verdict
@@ -159,6 +160,7 @@ def conclude(nets: Sequence[Net], seeds: list[int], base: Setting) -> Finding:
             _chart("varies-at-start", "What differs between points, before training", "standard deviation over points",
                    [net for net in nets if net.depth == nets[-1].depth], "start", "varies"),
         ],
+        data={"digests": {name: get(name).digest for name in HIDDEN}},
     )  # fmt: skip
 
 

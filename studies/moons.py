@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from models.activations import get
 from studies.small_nets import (
     EVERY,
     HIDDEN,
@@ -240,7 +241,7 @@ def conclude(settings: Sequence[Setting], runs: Sequence[Runs], snapshots: Snaps
             _rates(settings, runs),
             *(snapshots.field(hidden, own, points, index) for hidden in HIDDEN),
         ],
-        data={"snapshots": snapshots.data(own, points, index)},
+        data={"digests": {name: get(name).digest for name in HIDDEN}, "snapshots": snapshots.data(own, points, index)},
     )
 
 
