@@ -36,15 +36,15 @@ $(VENV)/.installed: pyproject.toml
 	@echo "installing into $(VENV) (some minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	$(PIP) --editable '.[train,serve,load]'
+	$(PIP) --editable '.[train,serve,load,study]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable '.[train,serve,load,dev]'
+	$(PIP) --editable '.[train,serve,load,study,dev]'
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(PIP) --editable '.[train,serve,load,bench]'
+	$(PIP) --editable '.[train,serve,load,study,bench]'
 	@touch $@
 
 $(TRAINED): models/activations.py | $(VENV)/.installed

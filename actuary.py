@@ -38,7 +38,7 @@ class BadInput(ActuaryError):
     exit_code = 2
 
 
-ROOMS = ("models", "export", "service", "loadtest")
+ROOMS = ("models", "export", "service", "loadtest", "studies")
 
 # verb: (where its click command is, the optional extra that it needs, one line for --help)
 VERBS: dict[str, tuple[str, str, str]] = {
@@ -53,6 +53,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "serve": ("service.cli:serve", "serve", "Serve every bundle of a folder over HTTP."),
     "load": ("loadtest.cli:load", "load", "Put load on a running service, one row per variant."),
     "compare": ("loadtest.compare.cli:compare", "load", "Which variant is slower under load, and how sure that is."),
+    "study": ("studies.cli:study", "train,study", "Whether a claim about sigmoid and its rivals holds, measured."),
     "report": ("loadtest.compare.report_cli:report_", "load", "Draw a stored run again, or set it against an old one."),
 }
 
@@ -62,8 +63,9 @@ BENCHES: dict[str, tuple[str, str, str]] = {
     "serve": ("loadtest.bench.cli:serve", "train,serve,load,bench", "Our server against other engines, over HTTP."),
 }
 
-# Verbs that fill a folder beside its place. serve and load end on SIGTERM in their own way; train saves its state.
-WRITERS = {"export", "swap", "ops"}
+# Verbs that fill a folder beside its place, or have children to end. serve and load end on SIGTERM in their own way;
+# train saves its state.
+WRITERS = {"export", "swap", "ops", "study"}
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

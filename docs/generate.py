@@ -1,4 +1,4 @@
-"""Writes what the documents repeat of the code, so that it cannot go stale: the README's table of activations.
+"""Writes what the documents repeat: of the code the README's table of activations, of their records the studies' pages.
 
 Run by `make docs`; tests/test_docs.py fails when a document is stale.
 """
@@ -10,8 +10,10 @@ from pathlib import Path
 
 from export.catalogue import describe
 from models.activations import BUILT_IN
+from studies import document
 
 README = Path(__file__).parent.parent / "README.md"
+STUDIES = Path(__file__).parent / "studies"
 
 
 def activation_table() -> str:
@@ -35,3 +37,6 @@ def readme() -> str:
 
 if __name__ == "__main__":
     README.write_text(readme(), encoding="utf-8")
+    for record in document.records(STUDIES):
+        document.write(STUDIES, record)
+    document.write_index(STUDIES)

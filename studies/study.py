@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 Verdict = Literal["holds", "holds in part", "did not reproduce"]
 Cell = str | float | int | None
@@ -140,3 +140,11 @@ class Finding:
     tables: Sequence[Table] = ()
     charts: Sequence[Chart | Field] = ()
     data: dict[str, Any] = field(default_factory=dict)
+
+
+class Study(Protocol):
+    """What studies/NAME.py offers."""
+
+    CLAIM: Claim
+
+    def run(self, options: Options) -> Finding: ...

@@ -87,7 +87,7 @@ def test_torch_is_pinned_to_one_version():
 
 
 def test_every_file_that_the_readme_names_is_there():
-    rooms = "models|export|service|loadtest|deploy|docs|tests"
+    rooms = "models|export|service|loadtest|studies|deploy|docs|tests"
     named = set(re.findall(rf"`((?:{rooms})/[\w./]*)`", README))
     for name in named | {"docs/page.png", "LICENSE"}:
         assert (ROOT / name).exists(), name

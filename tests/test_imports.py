@@ -1,4 +1,8 @@
-"""The arrows of the house, models -> export -> service -> loadtest: what each room may import, file by file."""
+"""The arrows of the house: what each room may import, file by file.
+
+models -> export -> service -> loadtest
+              `---> studies
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("models", "export", "service", "loadtest")
+ROOMS = ("models", "export", "service", "loadtest", "studies")
 # A room may import itself, the program's exceptions, and what is named here: of export the service sees the
 # bundle format, its audit and the built library alone, and the load test sees nothing but HTTP.
 ALLOWED = {
@@ -16,6 +20,7 @@ ALLOWED = {
     "export": {"models"},
     "service": {"export.audit", "export.bundle", "export.onnx_file", "export.ops.library"},
     "loadtest": set(),
+    "studies": {"models", "export"},
 }
 # Engines that ours is measured against: programs of other environments, which nothing of ours imports.
 RIVALS = ROOT / "loadtest" / "rivals"
@@ -26,6 +31,7 @@ FORBIDDEN = {
     "export": SERVER | {"locust"},
     "service": HEAVY | {"locust"},
     "loadtest": HEAVY | {"onnxruntime"},
+    "studies": SERVER | {"locust"},
 }
 
 
