@@ -56,6 +56,7 @@ class Options:
     kept: Path
     workers: int
     report: Callable[[str, float], None]
+    steps: int | None = None  # of each training; None takes the study's own number
 
 
 @dataclass(frozen=True)
