@@ -43,7 +43,7 @@ from studies.cost_shown import (
     share_chart,
     share_table,
 )
-from studies.roofline import EXP, MATMUL, MEMORY_BYTES, Rates, special
+from studies.roofline import EXP, MEMORY_BYTES, PRODUCTS, Rates, special
 from studies.study import Claim, Figure, Finding, Options, Verdict
 
 CLAIM = Claim(
@@ -80,7 +80,8 @@ def run(options: Options) -> Finding:
         "fused operators": said,
         "model": f"the default shape, {MODEL['layers']} layers, C = {MODEL['dim']}, one prompt of {MODEL['context']} "
         f"tokens; blocks of H = 4 C, gated ones in the model of {ActuaryConfig(activation='swiglu', **MODEL).hidden}",
-        "roof": f"products of {MATMUL} x {MATMUL} x {MATMUL} in ONNX Runtime; copies of {MEMORY_BYTES >> 20} MiB and "
+        "roof": f"products of {' and '.join(' x '.join(map(str, shape)) for shape in PRODUCTS)} in ONNX Runtime; "
+        f"copies of {MEMORY_BYTES >> 20} MiB and "
         "of an activation's own size; the best of the samples",
         "operations": f"an exp counts {EXP}, erf and tanh {EXP + 4}, sigmoid {EXP + 3}, softplus {2 * EXP + 4}, what a "
         "vector library spends; all else 1",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from export.bench import EXPANSION, MODEL
+from export.bench import EXPANSION, MODEL, Way
 from models.activations import Activation
 from studies.cost_samples import PLACES, WAYS, WIDE, Cost, DeviceCost, Spread, Where, served, share
 from studies.roofline import Rates, intensity, operations
@@ -91,22 +91,23 @@ def device_tables(gpu: tuple[dict[str, DeviceCost], Any] | None) -> list[Table]:
     return [Table("On the GPU", columns, rows, "torch eager, fp16, C = 4096.")]
 
 
-def _bars(names: list[str], name: str, pick: Callable[[str], Spread | None]) -> Line:
-    found = {each: spread for each in names if (spread := pick(each)) is not None}
+def _bars(names: list[str], name: str, found: Sequence[Spread | None]) -> Line:
     return Line(
         name,
-        list(found),
-        [each.median for each in found.values()],
-        low=[each.low for each in found.values()],
-        high=[each.high for each in found.values()],
+        names,
+        [None if each is None else each.median for each in found],
+        low=[None if each is None else each.low for each in found],
+        high=[None if each is None else each.high for each in found],
     )
 
 
 def alone_chart(costs: Mapping[str, Cost]) -> Chart:
     names = _order(costs)
-    lines = [_bars(names, way, lambda each, way=way: costs[each]["alone"].get(way)) for way in ("fused", "unfused")]  # type: ignore[misc]
+    ways: tuple[Way, ...] = ("fused", "unfused")
+    lines = [_bars(names, way, [costs[each]["alone"].get(way) for each in names]) for way in ways]
+    lines = [line for line in lines if any(line.y)]
     return Chart(
-        "alone", "One activation alone", "", "ns per hidden element", [line for line in lines if line.x], kind="bars",
+        "alone", "One activation alone", "", "ns per hidden element", lines, kind="bars",
         log_y=True, note="Medians and quartiles.",
     )  # fmt: skip
 
@@ -143,7 +144,8 @@ def roofline_chart(records: Mapping[str, Activation], costs: Mapping[str, Cost],
         for name, found in ((each, sorted(of)) for each, of in points.items())
         if found
     ]
-    reach = [2.0**power for power in range(-4, 9)]
+    ridges = (rates.gflop_per_s / rates.cache_gb_per_s, rates.gflop_per_s / rates.memory_gb_per_s)
+    reach = sorted([2.0**-4, 1.0, 2.0**8, *ridges])
     for said, cached in (("roof, in cache", True), ("roof, memory", False)):
         roof = functools.partial(rates.roof, cached=cached)
         lines.append(Line(said, reach, [roof(each) for each in reach], dashed=True))

@@ -17,7 +17,7 @@ from models.activations import registry
 from models.corpus import Corpus
 from models.gpt import ActuaryGPT
 from models.train import Recipe, Variant
-from studies.language_runs import TUNING_SEED, TUNING_SHARE, Plan, Trainings, train_plan
+from studies.language_runs import TUNING_SEED, TUNING_SHARE, Plan, Trained, Trainings, train_plan
 from studies.language_shown import curve_charts, difference_charts, order_table, published_tables, tuning_table
 from studies.language_sizes import REFERENCE, Size, judge
 from studies.study import Claim, Finding, Options
@@ -76,6 +76,7 @@ def study(names: Sequence[str], plan: Plan, trainings: Trainings) -> Finding:
         settings={
             "sizes (layers x dim)": {size: _shape(recipe) for size, recipe in plan.sizes.items()},
             "seeds": plan.seeds,
+            "trained for": f"{_minutes(trained):.0f} minutes in all, by each training's clock, choosing rates left out",
             "rates": f"{', '.join(f'{rate:g}' for rate in plan.rates)} for the matrices: of each activation the one "
             f"with the least loss on training text after {TUNING_SHARE:g} of the steps at the first size, from seed "
             f"{TUNING_SEED}, which is not measured; at other sizes it falls as 1 / dim",
@@ -97,6 +98,10 @@ def study(names: Sequence[str], plan: Plan, trainings: Trainings) -> Finding:
             },
         },
     )
+
+
+def _minutes(trained: Trained) -> float:
+    return sum(run.seconds for size in trained.runs.values() for runs in size.values() for run in runs) / 60
 
 
 def _shape(recipe: Recipe) -> str:

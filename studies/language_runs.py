@@ -40,7 +40,7 @@ class Plan:
     Args:
         sizes: recipe by name; the first is the one at which rates are chosen.
         rates: peak rates of the matrices to choose from.
-        seeds: how many, from 0.
+        seeds: how many, from `first_seed`.
         train_every, held_out_every: one document in this many is used.
     """
 
@@ -49,6 +49,7 @@ class Plan:
     seeds: int
     train_every: int = 1
     held_out_every: int = 1
+    first_seed: int = 0
 
     def corpus(self, whole: Corpus) -> Corpus:
         if self.train_every == self.held_out_every == 1:
@@ -229,7 +230,9 @@ def train_plan(names: Sequence[str], plan: Plan, trainings: Trainings) -> Traine
     rate = {name: float(choose(tuned[name], key=tuned[name].__getitem__)) for name in names}
     asked = [
         (Variant(name, seed=seed), at_rate(plan, recipe, rate[name]), size)
-        for seed in range(plan.seeds)  # the first seed of everything first: what is stopped has something of all
+        for seed in range(
+            plan.first_seed, plan.first_seed + plan.seeds
+        )  # the first seed of everything first: what is stopped has something of all
         for size, recipe in plan.sizes.items()
         for name in names
     ]

@@ -41,8 +41,9 @@ def order_table(size: Size) -> Table:
         ("group", "activation", "mean", "sd over seeds", f"above {REFERENCE}", f"differs from {REFERENCE}"),
         rows,
         f"The seeds are blocks; {what}. Differs: p < {LEVEL:g}, two-sided, adjusted over all activations (Holm). "
-        "The ± holds for all of them together, 95 % (Bonferroni). A group is its first and all behind it up to the "
-        "one that differs from that first, which begins the next: its members are within noise of its first."
+        "The ± is the reach at that level: it leaves 0 out where they differ, and there alone. A group is its first "
+        "and all behind it up to the one that differs from that first, which begins the next: its members are within "
+        "noise of its first."
         if known
         else "One seed: the spread is not known, so nothing is told apart.",
     )
@@ -85,7 +86,14 @@ def published_tables(sizes: Mapping[str, Size]) -> list[Table]:
                 found = rank_correlation(size.means, theirs, error)
                 interval = None if math.isnan(found.low) else f"{found.low:.2f} to {found.high:.2f}"
                 correlations.append(
-                    [f"{source}, {column}", size.name, len(found.names), round(found.value, 2), interval, found.p]
+                    [
+                        f"{source}, {column}",
+                        size.name,
+                        len(found.names),
+                        round(found.value, 2),
+                        interval,
+                        round(found.p, 4),
+                    ]
                 )
     tables.append(
         Table(
@@ -124,7 +132,7 @@ def difference_charts(sizes: Sequence[Size]) -> list[Chart]:
             )
         charts.append(
             Chart(name, title, "", "bits per byte above gelu: less is better", lines, kind="bars",
-                  note="Whiskers: 95 % for all activations together.")
+                  note="Whiskers leave 0 out where it differs from gelu, adjusted over all activations (Holm).")
         )  # fmt: skip
     return charts
 

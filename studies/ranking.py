@@ -47,7 +47,7 @@ class Difference:
     """Of two candidates' means.
 
     Args:
-        low, high: where it lies, at 95 % for all differences of the family together (Bonferroni).
+        low, high: where it lies, at the level of its step in Holm's procedure: 0 is outside where it is `real`, alone.
         p: of no difference, two-sided, adjusted over the family (Holm 1979); 1 where noise is not known.
     """
 
@@ -93,9 +93,16 @@ def differences(
     if not known.known:
         return [Difference(value, math.nan, math.nan, 1.0) for value in found]
     error = max(known.of_difference, 1e-12)  # figures that do not vary at all
-    reach = float(stats.t.ppf(1 - LEVEL / 2 / max(1, len(pairs)), known.degrees)) * error
-    p = holm([float(2 * stats.t.sf(abs(value) / error, known.degrees)) for value in found])
-    return [Difference(value, value - reach, value + reach, each) for value, each in zip(found, p, strict=True)]
+    alone = [float(2 * stats.t.sf(abs(value) / error, known.degrees)) for value in found]
+    p = holm(alone)
+    # The procedure compares the k-th smallest of n with LEVEL / (n - k + 1), and stops at the first that is not below.
+    real = sum(each < LEVEL for each in p)
+    result = []
+    for value, own, adjusted in zip(found, alone, p, strict=True):
+        step = min(sum(other < own for other in alone), real)
+        reach = float(stats.t.ppf(1 - LEVEL / 2 / (len(found) - min(step, len(found) - 1)), known.degrees)) * error
+        result.append(Difference(value, value - reach, value + reach, adjusted))
+    return result
 
 
 def groups(values: Mapping[str, Sequence[float]], known: Noise) -> list[list[str]]:

@@ -6,7 +6,7 @@ samples, since a roof is what was reached at all; an activation's own figures ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ OPERATIONS = {
     "exp": EXP, "expm1": EXP + 2, "log": EXP, "log1p": EXP + 2, "erf": EXP + 4, "tanh": EXP + 4, "sigmoid": EXP + 3,
     "softplus": 2 * EXP + 4, "sin": EXP, "cos": EXP, "atan": EXP, "softmax": EXP + 4, "mean": 1, "sum": 1,
 }  # fmt: skip
-MATMUL = 1024  # M = N = K: 12 MB, 2.1 GFLOP
+PRODUCTS = ((1024, 1024, 1024), (128, 768, 3072))  # M, K, N: a large one, and that of GPT-2's block
 MEMORY_BYTES = 2**28  # read and written by one copy: past any cache
 
 
@@ -76,26 +76,26 @@ def intensity(record: Activation) -> float:
     return operations(record) / moved(record)
 
 
-def measure_rates(threads: int, rounds: int, activation_bytes: int, clock: Clock, matmul: int = MATMUL) -> Rates:
+def measure_rates(
+    threads: int, rounds: int, activation_bytes: int, clock: Clock, products: Sequence[tuple[int, int, int]] = PRODUCTS
+) -> Rates:
     """The machine's best rates, of `rounds` samples each, in turn."""
-    ways: dict[str, tuple[Callable[[], None], float]] = {
-        "product": (_product(matmul, threads), 2 * matmul**3),
-        "memory": (copy_run(MEMORY_BYTES), MEMORY_BYTES),
-        "cache": (copy_run(activation_bytes), activation_bytes),
-    }
-    calls = {"product": 1, "memory": 1, "cache": max(1, 2**26 // activation_bytes)}
-    best = dict.fromkeys(ways, 0.0)
-    for _ in range(rounds + 1):  # one to warm up, which is never the best
-        for name, (run, amount) in ways.items():
-            best[name] = max(best[name], amount / seconds_per_call(run, calls[name], clock) / 1e9)
+    ways = [("product", _product(M, K, N, threads), 2 * M * K * N, 1) for M, K, N in products]
+    ways.append(("memory", copy_run(MEMORY_BYTES), MEMORY_BYTES, 1))
+    ways.append(("cache", copy_run(activation_bytes), activation_bytes, max(1, 2**26 // activation_bytes)))
+    best = dict.fromkeys((name for name, *_ in ways), 0.0)
+    for _ in range(rounds + 1):  # one to warm up
+        for name, run, amount, calls in ways:
+            best[name] = max(best[name], amount / seconds_per_call(run, calls, clock) / 1e9)
     return Rates(best["product"], best["memory"], best["cache"])
 
 
-def _product(size: int, threads: int) -> Callable[[], None]:
-    """[size, size] times [size, size] in ONNX Runtime."""
-    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in "aby"]
+def _product(M: int, K: int, N: int, threads: int) -> Callable[[], None]:
+    """[M, K] times [K, N] in ONNX Runtime."""
+    shapes = {"a": (M, K), "b": (K, N), "y": (M, N)}
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["y"])], "product", value[:2], value[2:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", bundle.OPSET)], ir_version=IR_VERSION)
     rng = np.random.default_rng(0)
-    feeds = {name: rng.normal(size=(size, size)).astype(np.float32) for name in "ab"}
+    feeds = {name: rng.normal(size=shapes[name]).astype(np.float32) for name in "ab"}
     return bound_run(open_session(model, None, threads), feeds)
