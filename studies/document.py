@@ -28,6 +28,7 @@ def page(record: Record) -> str:
     claim, finding = record.claim, record.finding
     command = f"actuary study {claim.name}" + " --quick" * record.quick
     command += f" --seeds {record.seeds}" if record.seeds is not None else ""
+    command += f" --steps {record.steps}" if record.steps is not None else ""
     parts = [
         f"# {heading(record)}",
         f"<!-- written by `{command}` from {claim.name}.json; not to be edited -->",

@@ -57,6 +57,7 @@ class Options:
     kept: Path
     workers: int
     report: Callable[[str, float], None]
+    steps: int | None = None  # of each training; None takes the study's own number
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Line:
-    """One series. `low` and `high` are its spread, as long as `y`; x may be names where the chart is bars."""
+    """One series. `low` and `high` are its spread, as long as `y`; x may be names where the chart is bars.
+
+    A dashed one is a line among points too.
+    """
 
     name: str
     x: Sequence[float] | Sequence[str]
