@@ -10,6 +10,7 @@ from typing import Any
 from models.files import write_atomically
 from studies import store
 from studies.catalogue import NAMES
+from studies.drawing import draw
 from studies.store import Record
 from studies.study import Cell, Chart, Field, Table
 
@@ -38,12 +39,10 @@ def page(record: Record) -> str:
         parts.append("A quick run: smaller than the study's own size, with a wider spread.")
     parts.append(_figures(record))
     for chart in finding.charts:
-        parts.append(f"![{_plain(_described(chart))}]({drawing(record, chart)})")
+        parts.append(f"![{_plain(_described(chart))}]({file_of(record, chart)})")
         parts.append(chart.note)
     parts += [_table(table) for table in finding.tables]
-    parts.append(
-        "## Settings\n\n" + "\n".join(f"- {name}: {_setting(value)}" for name, value in finding.settings.items())
-    )
+    parts.append("## Settings\n\n" + "\n".join(_settings(finding.settings)))
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     parts.append(
         f"{record.date}, {record.machine}; {versions}; {record.seconds:g} s. The numbers are in "
@@ -52,7 +51,7 @@ def page(record: Record) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def drawing(record: Record, chart: Chart | Field) -> str:
+def file_of(record: Record, chart: Chart | Field) -> str:
     return f"{record.claim.name}-{chart.name}.svg"
 
 
@@ -83,11 +82,20 @@ def _cell(cell: Cell) -> str:
     return text.replace("|", "\\|")
 
 
+def _settings(settings: dict[str, Any], indent: str = "") -> list[str]:
+    """Lines of a list, with lists inside."""
+    lines = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}- {name}:", *_settings(value, f"{indent}  ")]
+        else:
+            lines.append(f"{indent}- {name}: {_setting(value)}")
+    return lines
+
+
 def _setting(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_setting, value))
-    if isinstance(value, dict):
-        return "; ".join(f"{name} {_setting(each)}" for name, each in value.items())
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -127,9 +135,7 @@ def records(folder: Path) -> list[Record]:
 
 def drawings(record: Record) -> dict[str, bytes]:
     """File name -> SVG, of every chart."""
-    from studies.drawing import draw  # half a second of matplotlib
-
-    return {drawing(record, chart): draw(chart, "svg") for chart in record.finding.charts}
+    return {file_of(record, chart): draw(chart, "svg") for chart in record.finding.charts}
 
 
 def write(folder: Path, record: Record) -> None:
@@ -149,13 +155,18 @@ def keep(folder: Path, pictures: Path, record: Record, old: Record | None) -> No
     Args:
         pictures: folder of PNGs, for where no SVG is taken.
     """
-    from studies.drawing import draw
-
     store.write(folder, record)
+    record = store.read(store.path_of(folder, record.claim.name))  # pages are of what is kept, to its digits
     write(folder, record)
     write_index(folder)
     for chart in record.finding.charts:
-        (pictures / drawing(record, chart)).with_suffix(".png").write_bytes(draw(chart, "png"))
-    for name in {drawing(old, chart) for chart in old.finding.charts} if old else set():
-        if name not in {drawing(record, chart) for chart in record.finding.charts}:
+        (pictures / file_of(record, chart)).with_suffix(".png").write_bytes(draw(chart, "png"))
+    if old:
+        remove_drawings(folder, old, record)
+
+
+def remove_drawings(folder: Path, old: Record, new: Record) -> None:
+    """Those of `old` that `new` has not."""
+    for name in {file_of(old, chart) for chart in old.finding.charts}:
+        if name not in {file_of(new, chart) for chart in new.finding.charts}:
             (folder / name).unlink(missing_ok=True)

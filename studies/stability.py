@@ -50,7 +50,7 @@ NAMED = (0.0, 500.0, 1e3, 1e4)  # and their negatives; of each type its largest 
 UNITS = 8  # in the last place of 1: an exponential of 2, a sum, a quotient, each rounded, and again in float16's torch
 LOGIT = 1000.0
 PROMPTS, QUICK_PROMPTS = 32, 8
-LOSS_AT = tuple(float(x) for x in range(0, 125, 5))
+LOSS_AT = tuple(float(x) for x in range(0, 121))
 
 Form = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -73,9 +73,9 @@ def stable(x: Tensor) -> Tensor:
 FORMS: dict[str, Form] = {
     "1 / (1 + e^-x)": naive,
     "e^x / (1 + e^x)": naive_quotient,
-    "stable": stable,
+    "the stable form": stable,
     "torch.sigmoid": torch.sigmoid,
-    "the registry's": lambda x: get("sigmoid").expression(x),
+    "the registry's expression": lambda x: get("sigmoid").expression(x),
 }
 NAIVE = ("1 / (1 + e^-x)", "e^x / (1 + e^x)")
 
@@ -149,7 +149,7 @@ def _cell(said: Faults) -> str:
     """What went wrong and where, of several places."""
     by_kind: dict[str, list[str]] = {}
     for x, what in said:
-        by_kind.setdefault(what, []).append(f"{x:.4g}")
+        by_kind.setdefault(what, []).append(f"{x:.5g}")
     return "; ".join(f"{what} at {', '.join(at)}" for what, at in by_kind.items()) or "right"
 
 
@@ -248,10 +248,10 @@ def served(kept: Path, prompts: int, fused: library.Library | None) -> tuple[flo
 
 def loss_chart() -> Chart:
     lines = []
-    for name in ("on probabilities, written out", "on probabilities, torch's", "on logits, torch's"):
+    for name in ("on logits, torch's", "on probabilities, torch's", "on probabilities, written out"):
         values, _ = value_and_slope(functools.partial(_with_label, LOSSES[name], 0.0), list(LOSS_AT), "float32")
         shown = [value if math.isfinite(value) else None for value in values]
-        lines.append(Line(name, LOSS_AT, shown, dashed=name == "on logits, torch's"))
+        lines.append(Line(name, LOSS_AT, shown, dashed=name == "on probabilities, torch's"))
     return Chart(
         name="loss",
         title="Loss of a wrong answer: label 0, float32",

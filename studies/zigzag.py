@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from studies.perceptron import Perceptron, batch, one_thread
-from studies.study import Cell, Chart, Claim, Figure, Finding, Line, Options, Table, verdict_of
+from studies.study import Cell, Chart, Claim, Figure, Finding, Line, Options, Table, of_few, verdict_of
 
 CLAIM = Claim(
     number=3,
@@ -108,12 +108,14 @@ def run(options: Options) -> Finding:
         for name in ACTIVATIONS[1:]:
             figures.append(Figure(f"batch of {MANY}, {name}, {state}", _percent(many[name, trained])))
     untrained, after = (100 * float(np.nanmean(many["sigmoid", trained])) for trained in (False, True))
+    does = "but hardly does" if min(untrained, after) > 50 else "and does"
     return Finding(
         verdict=verdict_of([always, *mixes]),
         sentence=f"For one example {_percent(one['sigmoid', False])} of sigmoid's units have weight gradients of one "
         f"sign, and {_percent(one['relu', False])} of ReLU's, which is not negative either; of tanh's "
-        f"{_percent(one['tanh', False])}. A batch of {MANY} mixes them: {untrained:.0f} % are left under sigmoid "
-        f"untrained, {after:.0f} % after {STEPS} steps.",
+        f"{_percent(one['tanh', False])}. A batch of {MANY} can mix them, {does} under sigmoid: {untrained:.0f} % are "
+        f"left of one sign untrained, {after:.0f} % after {STEPS} steps; under ReLU "
+        f"{_percent(many['relu', False])} and {_percent(many['relu', True])}." + of_few(len(seeds)),
         figures=figures,
         settings={
             "net": "10-64-64-64-1, float64, Xavier for sigmoid and tanh, He for ReLU",
@@ -141,8 +143,9 @@ def _percent(shares: NDArray[Any]) -> str:
 def _chart(found: dict[tuple[str, bool], NDArray[Any]], trained: bool, state: str) -> Chart:
     lines = []
     for name in ACTIVATIONS:
-        low, middle, high = np.nanpercentile(100 * found[name, trained], [10, 50, 90], axis=0)
-        lines.append(Line(name, BATCHES, list(middle), list(low), list(high)))
+        shares = 100 * found[name, trained]
+        low, high = np.nanpercentile(shares, [10, 90], axis=0)
+        lines.append(Line(name, BATCHES, list(np.nanmean(shares, axis=0)), list(low), list(high)))
     return Chart(
         name="trained" if trained else "untrained",
         title=f"Units whose weight gradients share a sign, {state}",
@@ -150,5 +153,11 @@ def _chart(found: dict[tuple[str, bool], NDArray[Any]], trained: bool, state: st
         y_label="% of units",
         lines=lines,
         log_x=True,
-        note="Median over seeds, with the tenth and ninetieth percentile.",
+        note="Mean over seeds, with the tenth and ninetieth percentile. "
+        + (
+            f"All {EXAMPLES} are what it was trained on: there its errors sum to nearly nothing, and signs mix."
+            if trained
+            else "Sigmoid's outputs hardly differ between examples, so that a batch's gradient is nearly one number "
+            "times them."
+        ),
     )
