@@ -280,25 +280,30 @@ def axe() -> str:
     return (Path(spec.origin).parent / "axe.min.js").read_text()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("place", PLACES)
-def test_axe_finds_no_serious_fault(page: WebDriver, url: str, axe: str, place: str, scheme: str) -> None:
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+def test_axe_finds_no_serious_fault(page: WebDriver, url: str, axe: str, place: str) -> None:
+    """Light and dark, with what is folded opened; but for the two tables of 241 rows, which take it seconds."""
+    open_place(page, url, place)
+    page.execute_script(
+        """for (const each of document.querySelectorAll('main details')) {
+          each.open = !each.closest('[data-readout=activations], [data-readout=slope]');
+        }"""
+    )
+    page.execute_script(axe)
     try:
-        open_place(page, url, place)
-        page.execute_script("for (const each of document.querySelectorAll('main details')) each.open = true")
-        page.execute_script(axe)
-        found = page.execute_async_script("axe.run({ resultTypes: ['violations'] }).then(arguments[0])")
+        for scheme in ("light", "dark"):
+            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+            page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+            found = page.execute_async_script("axe.run({ resultTypes: ['violations'] }).then(arguments[0])")
+            assert len(found["passes"]) > 15
+            faults = [
+                f"{each['id']} ({each['impact']}): {each['help']}: {[node['html'][:160] for node in each['nodes'][:3]]}"
+                for each in found["violations"]
+                if each["impact"] in ("serious", "critical")
+            ]
+            assert faults == [], scheme
     finally:
         page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    assert len(found["passes"]) > 15
-    faults = [
-        f"{each['id']} ({each['impact']}): {each['help']}: {[node['html'][:160] for node in each['nodes'][:3]]}"
-        for each in found["violations"]
-        if each["impact"] in ("serious", "critical")
-    ]
-    assert faults == []
 
 
 def test_axe_finds_a_fault_where_there_is_one(page: WebDriver, url: str, axe: str) -> None:

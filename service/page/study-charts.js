@@ -61,17 +61,22 @@ function words(chart) {
   return `${chart.title}: ${chart.y_label} by ${chart.x_label}, of ${names}`;
 }
 
+// A bar's length says nothing where its axis has no 0.
+const drawnAs = ({ kind, log_y: log }) => (kind === "bars" && log ? "points" : kind);
+
 function lines(chart, element) {
   const flat = lying(chart);
   const data = chart.lines.flatMap((line, slot) => {
     if (off(chart).has(line.name)) return [];
     const paint = css(colour(line.name, slot));
-    return chart.kind === "lines" ? [...band(line, paint), curve(line, slot, paint)] : [marks(chart.kind, line, slot, paint, flat)];
+    if (chart.kind === "lines") return [...band(line, paint), curve(line, slot, paint)];
+    if (chart.kind === "points" && line.dashed) return [curve(line, slot, paint)]; // a bound that the points lie under
+    return [marks(drawnAs(chart), line, slot, paint, flat)];
   });
-  const row = chart.kind === "bars" ? Math.max(ROW_PX, BAR_PX * (chart.lines.length + 1)) : ROW_PX;
+  const row = drawnAs(chart) === "bars" ? Math.max(ROW_PX, BAR_PX * (chart.lines.length + 1)) : ROW_PX;
   element.style.height = flat ? `${80 + row * namesOf(chart).length}px` : "";
-  const of = (field) => chart.lines.flatMap((line) => line[field] ?? []);
-  const x = axisOf(chart.x_label, chart.log_x, of("x")), y = axisOf(chart.y_label, chart.log_y, ["y", "low", "high"].flatMap(of));
+  const all = (field) => chart.lines.flatMap((line) => line[field] ?? []);
+  const x = axisOf(chart.x_label, chart.log_x, all("x")), y = axisOf(chart.y_label, chart.log_y, ["y", "low", "high"].flatMap(all));
   const names = isText(chart) ? { type: "category", categoryorder: "array", categoryarray: namesOf(chart) } : {};
   return {
     data,
@@ -87,9 +92,10 @@ function lines(chart, element) {
 function axisOf(label, log = false, values = []) {
   const title = { text: label, font: { color: css("--muted"), size: 12 }, standoff: 8 };
   const sizes = values.filter((value) => value > 0);
-  // Over a hundredfold range powers of ten alone say enough, and of many not all: more would crowd.
+  // Over a hundredfold range powers of ten alone say enough, and of many not all; below, 2 and 5 too. More would crowd.
   const decades = Math.log10(Math.max(...sizes) / Math.min(...sizes));
-  const ticks = log ? { type: "log", exponentformat: "power", ...(decades > 2 && { dtick: Math.ceil(decades / 8) }) } : {};
+  const dtick = decades > 2 ? Math.ceil(decades / 8) : "D2";
+  const ticks = log ? { type: "log", exponentformat: "power", dtick } : {};
   return { ...axis(), ...ticks, automargin: true, title: label ? title : undefined };
 }
 

@@ -41,7 +41,7 @@ export async function draw(found, { epoch, changed }) {
     h("p", { class: "sentence" }, sentence),
     h("dl", { class: "claim" }, [
       ["Claim", claim.statement], ["Source", claim.source], ["What would refute it", claim.refuted_by],
-    ].map(([term, words]) => [h("dt", {}, term), h("dd", {}, words[0].toUpperCase() + words.slice(1))])),
+    ].map(([term, words]) => [h("dt", {}, term), h("dd", {}, words.replace(/^[a-z](?=[a-z]*[ ,])/, (first) => first.toUpperCase()))])),
     beside(found),
     live?.element,
     found.charts.length > 0 && h("div", { class: "gallery" }, found.charts.map((chart) => exhibit(claim.name, chart))),
