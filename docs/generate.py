@@ -5,12 +5,13 @@ Run by `make docs`; tests/test_docs.py fails when a document is stale.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 from export.catalogue import describe
 from models.activations import BUILT_IN
-from studies import document
+from studies import document, slope, store
 
 README = Path(__file__).parent.parent / "README.md"
 STUDIES = Path(__file__).parent / "studies"
@@ -35,8 +36,21 @@ def readme() -> str:
     return block.sub(lambda match: f"{match[1]}\n{activation_table()}\n\n{match[2]}", text)
 
 
+def refresh_slope(folder: Path) -> None:
+    """Claim 1 is computed from the registry alone, not measured: another activation is another line of its charts."""
+    path = store.path_of(folder, slope.CLAIM.name)
+    if path.is_file():
+        kept = store.read(path)
+        finding = slope.finding()
+        fresh = dataclasses.replace(kept, claim=slope.CLAIM, finding=finding)
+        if store.to_json(fresh) != store.to_json(kept):
+            document.remove_drawings(folder, kept, fresh)
+            store.write(folder, fresh)
+
+
 if __name__ == "__main__":
     README.write_text(readme(), encoding="utf-8")
+    refresh_slope(STUDIES)
     for record in document.records(STUDIES):
         document.write(STUDIES, record)
     document.write_index(STUDIES)

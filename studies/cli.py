@@ -74,7 +74,8 @@ def study(
         old = there.get(name)
         try:
             if old is not None and not again and _same(old, name, quick, seeds, steps):
-                console.print(f"{name}: done on {old.date} with these settings, on this machine; --again runs it anew")
+                said = f"{name}: done on {old.date} with these settings, on this machine; --again runs it anew"
+                console.print(said, highlight=False, soft_wrap=True)
                 record = old
             else:
                 record = _run(name, quick, seeds, steps, kept, workers or cores())

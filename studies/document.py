@@ -42,9 +42,7 @@ def page(record: Record) -> str:
         parts.append(f"![{_plain(_described(chart))}]({drawing(record, chart)})")
         parts.append(chart.note)
     parts += [_table(table) for table in finding.tables]
-    parts.append(
-        "## Settings\n\n" + "\n".join(f"- {name}: {_setting(value)}" for name, value in finding.settings.items())
-    )
+    parts.append("## Settings\n\n" + "\n".join(_settings(finding.settings)))
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     parts.append(
         f"{record.date}, {record.machine}; {versions}; {record.seconds:g} s. The numbers are in "
@@ -84,11 +82,20 @@ def _cell(cell: Cell) -> str:
     return text.replace("|", "\\|")
 
 
+def _settings(settings: dict[str, Any], indent: str = "") -> list[str]:
+    """Lines of a list, with lists inside."""
+    lines = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}- {name}:", *_settings(value, f"{indent}  ")]
+        else:
+            lines.append(f"{indent}- {name}: {_setting(value)}")
+    return lines
+
+
 def _setting(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_setting, value))
-    if isinstance(value, dict):
-        return "; ".join(f"{name} {_setting(each)}" for name, each in value.items())
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -153,10 +160,17 @@ def keep(folder: Path, pictures: Path, record: Record, old: Record | None) -> No
     from studies.drawing import draw
 
     store.write(folder, record)
+    record = store.read(store.path_of(folder, record.claim.name))  # pages are of what is kept, to its digits
     write(folder, record)
     write_index(folder)
     for chart in record.finding.charts:
         (pictures / drawing(record, chart)).with_suffix(".png").write_bytes(draw(chart, "png"))
-    for name in {drawing(old, chart) for chart in old.finding.charts} if old else set():
-        if name not in {drawing(record, chart) for chart in record.finding.charts}:
+    if old:
+        remove_drawings(folder, old, record)
+
+
+def remove_drawings(folder: Path, old: Record, new: Record) -> None:
+    """Those of `old` that `new` has not."""
+    for name in {drawing(old, chart) for chart in old.finding.charts}:
+        if name not in {drawing(new, chart) for chart in new.finding.charts}:
             (folder / name).unlink(missing_ok=True)

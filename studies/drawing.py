@@ -37,6 +37,8 @@ STYLE: Any = {
 }
 WIDTH, HEIGHT = 7.2, 4.0  # inches
 PNG_DPI = 144
+FEW = 12  # places on a line that are marked one by one
+EARLY = 0.8  # of the axes' width: a line that ends before is named where it ends
 LABEL_PT = 10.5  # from one name to the next
 UPRIGHT = 6  # bars; more, or longer names, lie on their side
 
@@ -60,6 +62,7 @@ def draw(chart: Chart | Field, form: Literal["svg", "png"]) -> bytes:
 
 def _chart(figure: Figure, axes: Axes, chart: Chart) -> None:
     axes.spines[["top", "right"]].set_visible(False)
+    figure.set_size_inches(WIDTH, max(HEIGHT, 1.2 + len(chart.lines) * LABEL_PT / 72))  # so that all names fit
     if chart.kind == "bars":
         _bars(figure, axes, chart)
         return
@@ -72,19 +75,23 @@ def _chart(figure: Figure, axes: Axes, chart: Chart) -> None:
     if chart.log_y:
         axes.set_yscale("log")
     for index, line in enumerate(chart.lines):
-        _line(axes, line, index, chart.kind == "points")
+        _line(axes, line, index, chart)
     axes.margins(x=0.02)
+    places = sorted({x for line in chart.lines for x in line.x if not isinstance(x, str)})
+    if chart.log_x and len(places) <= FEW:
+        axes.set_xticks(places, [f"{x:g}" for x in places])
+        axes.set_xticks([], minor=True)
     figure.draw_without_rendering()  # limits and sizes are known from here on
     if len(chart.lines) > 1 or chart.lines[0].name:
         _name_lines(axes, chart.lines)
 
 
-def _line(axes: Axes, line: Line, index: int, points: bool) -> None:
+def _line(axes: Axes, line: Line, index: int, chart: Chart) -> None:
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
     x: Any = list(line.x)
     y = _numbers(line.y)
     style: dict[str, Any] = {"color": colour, "zorder": 3}
-    if points and not line.dashed:
+    if chart.kind == "points" and not line.dashed:
         low, high = (_numbers(line.y if bound is None else bound) for bound in (line.low, line.high))
         reach = [np.maximum(0, y - low), np.maximum(0, high - y)]
         bars = None if line.low is None and line.high is None else reach
@@ -92,8 +99,9 @@ def _line(axes: Axes, line: Line, index: int, points: bool) -> None:
         return
     # A second round of colours is dotted.
     dash = "--" if line.dashed else (":" if index >= len(COLOURS) else "-")
-    few: dict[str, Any] = {"marker": marker, "markersize": 4} if len(x) <= 12 else {}
-    axes.plot(x, y, linestyle=dash, linewidth=1.7, **few, **style)
+    many = len(chart.lines) > len(COLOURS)
+    few: dict[str, Any] = {"marker": marker, "markersize": 4} if len(x) <= FEW and not many else {}
+    axes.plot(x, y, linestyle=dash, linewidth=1.2 if many else 1.7, **few, **style)
     if line.low is not None and line.high is not None:
         axes.fill_between(x, _numbers(line.low), _numbers(line.high), color=colour, alpha=0.18, linewidth=0)
 
@@ -103,24 +111,29 @@ def _numbers(values: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.floa
 
 
 def _name_lines(axes: Axes, lines: Sequence[Line]) -> None:
-    """Each name at the right, at the height of its line's end or as near to it as the others let it."""
-    ends = []
+    """Each name at the right, at the height of its line's end or as near to it as the others let it; where a line ends
+    before, its end is marked and named there."""
     height_pt = axes.get_window_extent().height * 72 / axes.figure.dpi
+    ends = []
     for index, line in enumerate(lines):
-        y = _numbers(line.y)
+        y, colour = _numbers(line.y), COLOURS[index % len(COLOURS)]
         there = np.flatnonzero(np.isfinite(y))
         if not len(there):
             continue
-        shown = axes.transAxes.inverted().transform(
-            axes.transData.transform((0 if axes.get_xscale() == "linear" else 1, y[there[-1]]))
-        )
-        ends.append((float(np.clip(shown[1], 0, 1)) * height_pt, index))
+        end: Any = (line.x[there[-1]], y[there[-1]])
+        across, up = axes.transAxes.inverted().transform(axes.transData.transform(end))
+        if across > EARLY:
+            ends.append((float(np.clip(up, 0, 1)) * height_pt, index))
+            continue
+        axes.plot(*end, marker="x", markersize=7, markeredgewidth=2, color=colour, zorder=4)
+        beside: Any = {"textcoords": "offset points", "va": "top", "color": colour}
+        axes.annotate(line.name, xy=end, xytext=(8, -1), **beside)
     ends.sort()
     places = spread([end for end, _ in ends], LABEL_PT, height_pt)
-    for (end, index), place in zip(ends, places, strict=True):
+    for (height, index), place in zip(ends, places, strict=True):
         colour = COLOURS[index % len(COLOURS)]
         axes.annotate(
-            lines[index].name, xy=(1.0, end / height_pt), xycoords="axes fraction",
+            lines[index].name, xy=(1.0, height / height_pt), xycoords="axes fraction",
             xytext=(1.045, place / height_pt), textcoords="axes fraction", color=colour, va="center",
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0,
                         "relpos": (0, 0.5)},
@@ -140,17 +153,17 @@ def spread(wanted: Sequence[float], apart: float, height: float) -> list[float]:
     places = [total / n + i * apart for total, n in groups for i in range(int(n))]
     if not places:
         return places
-    over = max(0.0, places[-1] - height)
-    return [place - over for place in places]
+    over, under = max(0.0, places[-1] - height), max(0.0, -places[0])
+    return [place - over + under for place in places]
 
 
 def _bars(figure: Figure, axes: Axes, chart: Chart) -> None:
     """Side by side for each name; many or long names stand at the left, the first at the top."""
     names = list(dict.fromkeys(str(x) for line in chart.lines for x in line.x))
     lying = len(names) > UPRIGHT or max(map(len, names), default=0) > 14
-    thickness = 0.8 / len(chart.lines)
+    thickness = (0.8 if len(chart.lines) > 1 else 0.6) / len(chart.lines)
     if lying:
-        figure.set_size_inches(WIDTH, max(HEIGHT * 0.6, 0.9 + len(names) * max(0.22, 0.17 * len(chart.lines))))
+        figure.set_size_inches(WIDTH, max(HEIGHT * 0.6, 0.9 + len(names) * max(0.22, 0.13 * len(chart.lines))))
     for index, line in enumerate(chart.lines):
         at = [names.index(str(x)) + thickness * (index - (len(chart.lines) - 1) / 2) for x in line.x]
         y = _numbers(line.y)
@@ -187,10 +200,11 @@ def _bars(figure: Figure, axes: Axes, chart: Chart) -> None:
 def _field(figure: Figure, axes: Axes, field: Field) -> None:
     """Colours by steps; of probabilities also the line where they are a half."""
     z = np.array(field.z, dtype=np.float64)
-    figure.set_size_inches(WIDTH * 0.8, HEIGHT * 1.05)
+    wide, high = max(field.x) - min(field.x), max(field.y) - min(field.y)
+    figure.set_size_inches(WIDTH * 0.8, WIDTH * 0.6 * min(1.2, high / wide) + 0.9)
     probabilities = bool(np.nanmin(z) >= 0 and np.nanmax(z) <= 1)
     levels: Any = np.linspace(0, 1, 11) if probabilities else 12
-    shown = axes.contourf(field.x, field.y, z, levels=levels, cmap="RdBu_r", alpha=0.75)
+    shown = axes.contourf(field.x, field.y, z, levels=levels, cmap="RdBu_r", alpha=0.6)
     if probabilities and np.nanmin(z) < 0.5 < np.nanmax(z):
         axes.contour(field.x, field.y, z, levels=[0.5], colors=INK, linewidths=1.4)
     for index, (name, (x, y)) in enumerate(field.points.items()):
@@ -201,6 +215,6 @@ def _field(figure: Figure, axes: Axes, field: Field) -> None:
     axes.set_aspect("equal")
     axes.set_xlim(min(field.x), max(field.x))
     axes.set_ylim(min(field.y), max(field.y))
-    figure.colorbar(shown, ax=axes, shrink=0.85)
+    figure.colorbar(shown, ax=axes, fraction=0.05, pad=0.02)
     if field.points:
-        axes.legend(loc="upper right", fontsize=8, framealpha=0.9)
+        axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.06), ncols=4, frameon=False, handletextpad=0.2)

@@ -9,13 +9,14 @@ not measured, so `make docs` writes it anew where the registry has changed.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 
 from export.catalogue import curve
 from models.activations import get, registry
-from studies.study import Chart, Claim, Figure, Finding, Line, Options, Table
+from studies.study import Chart, Claim, Figure, Finding, Line, Options, Table, verdict_of
 
 CLAIM = Claim(
     number=1,
@@ -32,13 +33,15 @@ STEP = 1e-5  # of differences in float64: their error is STEP^2 / 6 and 1e-16 / 
 FLAT = 0.05  # of the steepest slope; what is below is called saturated
 EVERY = 2  # of export's 241 places, for a page that loads
 DIGITS = 5
-# Which curves share a chart; what the registry has besides goes by its kind.
+# Which curves share a chart, and how far it reaches, where their differences are; others go by their kind.
 FAMILIES = {
-    "squashing": ("Squashing", ("threshold", "sigmoid", "tanh", "softmax", "relu6")),
-    "rectifying": ("Rectifying", ("relu", "leaky_relu", "prelu", "relu2", "elu", "selu", "celu", "softplus")),
-    "smooth": ("Self-gated", ("gelu", "gelu_tanh", "quick_gelu", "silu", "swish", "mish", "solu")),
-    "gated": ("Gated, with up = 1", ("glu", "bilinear", "reglu", "geglu", "swiglu")),
+    "squashing": ("Squashing", 6.0, ("threshold", "sigmoid", "tanh", "softmax", "relu6")),
+    "rectifying": ("Rectifying", 3.0, ("relu", "leaky_relu", "prelu", "relu2", "elu", "selu", "celu", "softplus")),
+    "pointwise": ("Self-gated", 4.0, ("gelu", "gelu_tanh", "quick_gelu", "silu", "swish", "mish")),
+    "gated": ("Gated, with up = 1", 4.0, ("glu", "bilinear", "reglu", "geglu", "swiglu")),
+    "hidden_axis": ("One unit of eight", 6.0, ("solu",)),
 }
+KIND_FAMILIES = {"pointwise": "pointwise", "learned": "pointwise", "gated": "gated", "hidden_axis": "hidden_axis"}
 
 
 def value_and_slope(name: str, z: list[float]) -> tuple[list[float], list[float]]:
@@ -71,31 +74,39 @@ def table() -> Table:
 
 def charts() -> list[Chart]:
     """Every f and every slope, by family."""
-    families = {
-        key: (title, [name for name in names if name in registry()]) for key, (title, names) in FAMILIES.items()
-    }
-    known = {name for _, names in FAMILIES.values() for name in names}
-    for name, record in registry().items():
-        if name not in known:
-            families["gated" if record.gated else "smooth"][1].append(name)
+    placed = {name: family for family, (_, _, names) in FAMILIES.items() for name in names}
     found = []
-    for key, (title, names) in families.items():
-        curves = {name: curve(get(name)) for name in names}
+    for family, (title, reach, _) in FAMILIES.items():
+        records = [r for r in registry().values() if placed.get(r.name, KIND_FAMILIES[r.kind]) == family]
+        curves = {record.name: curve(record) for record in records}
         for slope in (False, True):
-            lines = [
-                Line(name, each.x[::EVERY], _short((each.slope if slope else each.y)[::EVERY]))
-                for name, each in curves.items()
-            ]
+            lines = []
+            for name, each in curves.items():
+                kept = [at for at in range(0, len(each.x), EVERY) if abs(each.x[at]) <= reach]
+                values = each.slope if slope else each.y
+                lines.append(Line(name, [each.x[at] for at in kept], _short([values[at] for at in kept])))
             found.append(
                 Chart(
-                    name=f"{key}-slope" if slope else key,
+                    name=family.replace("_", "-") + ("-slope" if slope else ""),
                     title=f"{title}: " + ("slope" if slope else "value"),
                     x_label="x",
                     y_label="f'(x)" if slope else "f(x)",
                     lines=lines,
+                    note=_together(lines),
                 )
             )
     return found
+
+
+def _together(lines: list[Line]) -> str:
+    """Which lines hide others."""
+    reach = max(abs(y) for line in lines for y in line.y if y is not None)
+    hidden = []
+    for one, other in itertools.combinations(lines, 2):
+        pairs = [(a, b) for a, b in zip(one.y, other.y, strict=True) if a is not None and b is not None]
+        if max(abs(a - b) for a, b in pairs) < 0.005 * reach:  # a line's width
+            hidden.append(f"{other.name} on {one.name}")
+    return f"Drawn on one another: {', '.join(hidden)}." if hidden else ""
 
 
 def _short(values: list[float | None]) -> list[float | None]:
@@ -122,6 +133,10 @@ def steepness() -> Table:
 
 def run(options: Options) -> Finding:
     options.report("computing slopes", 0.0)
+    return finding()
+
+
+def finding() -> Finding:
     grid = [n / 100 for n in range(-4000, 4001)]
     _, slopes = value_and_slope("sigmoid", grid)
     worst = max(abs(slope - closed_form(z)[1]) for z, slope in zip(grid, slopes, strict=True))
@@ -143,10 +158,8 @@ def run(options: Options) -> Finding:
         Figure("largest difference from s(1 - s), z from -40 to 40", f"{worst:.1g}", "0", worst < 1e-15),
         Figure("largest difference from differences of values", f"{apart:.1g}", "0", apart < 1e-9),
     ]
-    options.report("drawing every curve", 0.5)
-    agree = all(figure.agrees for figure in figures)
     return Finding(
-        verdict="holds" if agree else "did not reproduce",
+        verdict=verdict_of(figure.agrees is True for figure in figures),
         sentence=f"The steepest slope between -40 and 40 is {steepest:g}, at {where:g}; at 5 it is "
         f"{closed_form(5)[1]:.4f}, at 10 {closed_form(10)[1]:.1g}.",
         figures=figures,

@@ -52,7 +52,7 @@ _FINDING = tuple(field.name for field in dataclasses.fields(Finding))
 
 
 def rounded(value: Any) -> Any:
-    """The same, with floats of DIGITS figures; whatever is not a number of Python's becomes one."""
+    """The same in Python's own numbers, floats of DIGITS figures, whole ones as integers."""
     if isinstance(value, dict):
         return {str(key): rounded(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -60,7 +60,8 @@ def rounded(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy's and torch's
         return rounded(value.tolist())
     if isinstance(value, float) and math.isfinite(value):
-        return float(f"{value:.{DIGITS}g}")
+        short = float(f"{value:.{DIGITS}g}")
+        return int(short) if short.is_integer() and abs(short) < 10**DIGITS else short
     return value
 
 

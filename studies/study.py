@@ -9,7 +9,7 @@ Nothing here draws or measures, and nothing imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -144,6 +144,12 @@ class Finding:
     tables: Sequence[Table] = ()
     charts: Sequence[Chart | Field] = ()
     data: dict[str, Any] = field(default_factory=dict)
+
+
+def verdict_of(conditions: Iterable[bool]) -> Verdict:
+    """Of a claim that holds where all of these do, and in part where some do."""
+    met = list(conditions)
+    return "holds" if all(met) else "holds in part" if any(met) else "did not reproduce"
 
 
 class Study(Protocol):
