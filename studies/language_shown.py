@@ -130,7 +130,7 @@ def difference_charts(sizes: Sequence[Size]) -> list[Chart]:
                 )
             )
         charts.append(
-            Chart(name, title, "", "bits per byte above gelu: less is better", lines, kind="bars",
+            Chart(name, title, "activation", "bits per byte above gelu: less is better", lines, kind="bars",
                   note="Whiskers leave 0 out where it differs from gelu, adjusted over all activations (Holm).")
         )  # fmt: skip
     return charts
