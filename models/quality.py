@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,8 +66,17 @@ def quality_of(
             (log_p.exp() if head == "softmax" else sigmoids).gather(-1, likeliest)[..., 0].cpu().numpy().ravel()
         )
         hits = (likeliest[..., 0] == targets).cpu().numpy().ravel()
-        which = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
-        for row, weights in enumerate((None, confidence, hits)):
-            bins[row] += np.bincount(which, weights=weights, minlength=ECE_BINS)
-    ece = float(np.abs(bins[1] - bins[2]).sum() / total)
-    return nats / math.log(2) / held_out_bytes, ece, mass / total
+        bins += reliability(confidence, hits)
+    return nats / math.log(2) / held_out_bytes, ece_of(bins), mass / total
+
+
+def reliability(confidence: NDArray[Any], hits: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """[3, ECE_BINS], equal bins of confidence 0 to 1: how many predictions, the sum of their confidence, their hits."""
+    which = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
+    weights = (None, confidence, hits)
+    return np.stack([np.bincount(which, weights=weight, minlength=ECE_BINS) for weight in weights])
+
+
+def ece_of(bins: NDArray[np.float64]) -> float:
+    """Expected calibration error of `reliability`'s bins, or of their sum over several batches."""
+    return float(np.abs(bins[1] - bins[2]).sum() / bins[0].sum())

@@ -153,7 +153,7 @@ def windows(ids: NDArray[np.int32], recipe: Recipe, seed: int, step: int) -> NDA
     return np.stack([ids[start : start + recipe.context + 1] for start in starts])
 
 
-def _optimizer(model: ActuaryGPT, recipe: Recipe) -> torch.optim.AdamW:
+def optimizer_of(model: ActuaryGPT, recipe: Recipe) -> torch.optim.AdamW:
     """Matrices decay; embeddings, gains, biases and learned scalars learn faster and do not."""
     embedding = model.embed.weight
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
@@ -200,7 +200,7 @@ def train_variant(
     model = ActuaryGPT(recipe.config(variant))
     model.start_head_at(torch.from_numpy(ids.frequency(recipe.vocab)))
     model.to(accelerator.device)
-    optimizer = _optimizer(model, recipe)
+    optimizer = optimizer_of(model, recipe)
     mark = fingerprint(variant, recipe, corpus.sha256)
     state_path = out / UNFINISHED / f"{variant.name}.safetensors"
     first, seconds_before = load_state(state_path, mark, model, optimizer)

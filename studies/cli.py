@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from actuary import ActuaryError, cores
+from actuary import ActuaryError, cores, not_installed
 from studies.catalogue import ALL, chosen
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def study(
             if not isinstance(error, (ActuaryError, ModuleNotFoundError)):
                 traceback.print_exception(error)
             if len(asked) > 1:
-                console.print(f"[red]{name} failed:[/] {escape(str(error))}", soft_wrap=True)
+                console.print(f"[red]{name} failed:[/] {escape(_in_a_line(error))}", soft_wrap=True)
             continue
         document.keep(out, kept / name, record, old)
         records.append(record)
@@ -97,8 +97,14 @@ def study(
     if failures and len(asked) == 1:
         raise failures[asked[0]]
     if failures:
-        said = "; ".join(f"{name}: {error or type(error).__name__}" for name, error in failures.items())
+        said = "; ".join(f"{name}: {_in_a_line(error)}" for name, error in failures.items())
         raise ActuaryError(f"{len(failures)} of {len(asked)} studies failed: {said}")
+
+
+def _in_a_line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return not_installed("study", error.name)
+    return str(error) or type(error).__name__
 
 
 def _same(record: Record, name: str, quick: bool, seeds: int | None, steps: int | None) -> bool:

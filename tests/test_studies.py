@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from actuary import ActuaryError, BadInput
 from studies import catalogue, document, drawing, store
 from studies.cli import study
-from studies.study import Chart, Claim, Field, Figure, Finding, Line, Table, verdict_of
+from studies.study import Chart, Claim, Field, Figure, Finding, Line, Table, of_few, verdict_of
 
 
 def claim_of(name: str) -> Claim:
@@ -96,6 +96,12 @@ def test_verdicts():
     assert verdict_of([True, True]) == "holds"
     assert verdict_of([True, False]) == "holds in part"
     assert verdict_of([False]) == "did not reproduce"
+
+
+def test_few_seeds_say_so():
+    assert of_few(1) == " One seed says nothing of the spread."
+    assert of_few(3) == " 3 seeds say little of the spread."
+    assert of_few(5) == ""
 
 
 # Records
@@ -206,7 +212,8 @@ def test_a_page_says_all_of_its_record(record, verdict):
     assert title == "# The title of zigzag" + ("" if verdict == "holds" else f" ({verdict})")
     for part in ("It is so.", "it not being so.", f"**Verdict: {verdict}.** 1 of 1.", "A quick run", "A note.", "a\\|b",
                  "| what | 1.5 | 2 | no: did not reproduce |", "`actuary study zigzag --quick --seeds 3`",
-                 "(zigzag-all.svg)", "(zigzag-plane.svg)", "| b |  |", "- nested:\n  - a: 1, 2\n", record.machine):  # fmt: skip
+                 "(zigzag-all.svg)", "(zigzag-plane.svg)", "| b |  |", "- nested:\n  - a: 1, 2\n",
+                 record.machine):  # fmt: skip
         assert part in page, part
 
 
@@ -286,6 +293,14 @@ def test_all_goes_on_past_one_that_fails_and_names_it_at_the_end(made_up, tmp_pa
     made_up["options"].clear()
     assert called(tmp_path, "all").exit_code == 0
     assert ran(made_up) == ["zigzag", "head"]
+
+
+def test_a_package_that_one_study_lacks_is_named_with_the_remedy(made_up, tmp_path):
+    made_up["moons"][:] = [ModuleNotFoundError("No module named 'sklearn'", name="sklearn")]
+    done = called(tmp_path, "moons", "slope")
+    assert "needs the package 'sklearn'" in str(done.exception)
+    assert "pip install -e '.[train,study]'" in str(done.exception)
+    assert ran(made_up) == ["slope", "moons"]
 
 
 def test_one_alone_fails_as_it_does(made_up, tmp_path):
