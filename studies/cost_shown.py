@@ -107,7 +107,7 @@ def alone_chart(costs: Mapping[str, Cost]) -> Chart:
     lines = [_bars(names, way, [costs[each]["alone"].get(way) for each in names]) for way in ways]
     lines = [line for line in lines if any(line.y)]
     return Chart(
-        "alone", "One activation alone", "", "ns per hidden element", lines, kind="bars",
+        "alone", "One activation alone", "activation", "ns per hidden element", lines, kind="bars",
         log_y=True, note="Medians and quartiles.",
     )  # fmt: skip
 
@@ -120,7 +120,7 @@ def share_chart(costs: Mapping[str, Cost], places: Sequence[Where], small: float
         for where, said in ((where, PLACES[where][1]) for where in places)
     ]
     return Chart(
-        "share", "Share of the time, as it is served", "", "% of the time", lines, kind="bars",
+        "share", "Share of the time, as it is served", "activation", "% of the time", lines, kind="bars",
         note=f"Fused where there is a kernel. {100 * small:g} % is not small.",
     )  # fmt: skip
 

@@ -35,7 +35,7 @@ def order_table(size: Size) -> Table:
                  None if over is None or not known else "yes" if over.real else "within noise"]
             )  # fmt: skip
     rows += [[None, name, "diverged", None, "; ".join(said), None] for name, said in size.diverged.items() if said]
-    what = f"noise of one figure {size.noise.sd:.4f}, {size.noise.degrees} degrees of freedom"
+    what = f"noise of one figure {size.noise.sd:.4f}, by the median of all, or an activation's own where that is larger"
     return Table(
         f"Held-out bits per byte at {size.name}",
         ("group", "activation", "mean", "sd over seeds", f"above {REFERENCE}", f"differs from {REFERENCE}"),
@@ -82,8 +82,7 @@ def published_tables(sizes: Mapping[str, Size]) -> list[Table]:
                 theirs = {name: figures[at] for name, figures in published.items()}
                 if sum(name in size.means for name in theirs) < 3:
                     continue
-                error = size.noise.sd / math.sqrt(size.noise.seeds)
-                found = rank_correlation(size.means, theirs, error)
+                found = rank_correlation(size.means, theirs, {name: size.noise.error(name) for name in size.means})
                 interval = None if math.isnan(found.low) else f"{found.low:.2f} to {found.high:.2f}"
                 correlations.append(
                     [
@@ -131,7 +130,7 @@ def difference_charts(sizes: Sequence[Size]) -> list[Chart]:
                 )
             )
         charts.append(
-            Chart(name, title, "", "bits per byte above gelu: less is better", lines, kind="bars",
+            Chart(name, title, "activation", "bits per byte above gelu: less is better", lines, kind="bars",
                   note="Whiskers leave 0 out where it differs from gelu, adjusted over all activations (Holm).")
         )  # fmt: skip
     return charts

@@ -48,7 +48,7 @@ class Size:
             for each, of in runs.items()
             if not self.diverged[each]
         }
-        self.noise = noise(self.values) if self.values else Noise(math.nan, 0, 1)
+        self.noise = noise(self.values) if self.values else Noise({}, math.nan, 0, 1)
         self.means = {each: mean(of) for each, of in self.values.items()}
         others = [each for each in self.values if each != REFERENCE and REFERENCE in self.values]
         found = differences(self.values, [(each, REFERENCE) for each in others], self.noise)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,15 +42,43 @@ def runs(*bits: float | None) -> list[Run]:
     return [Run(each, 1.0, ((1, 3.0), (2, 2.0)), "" if each is not None else "it diverged") for each in bits]
 
 
+def even(values: dict, sd: float, degrees: float) -> Noise:
+    """The same noise for all; two that are compared bring twice these degrees of freedom."""
+    return Noise(dict.fromkeys(values, sd**2), sd**2, degrees, len(next(iter(values.values()))))
+
+
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
 def test_noise_by_hand():
-    """Means 1.5 and 3.6, seeds 2 and 3.1: every residual is 0.05, one degree of freedom."""
+    """Means 1.5 and 3.6, seeds 2 and 3.1: every residual is 0.05, so each variance is 2 * 0.05^2 * 2 / 1 / 1, and the
+    differences 2.0 and 2.2 vary by twice that: 0.02."""
     found = noise({"a": [1.0, 2.0], "b": [3.0, 4.2]})
-    assert found.degrees == 1
-    assert found.sd == pytest.approx(math.sqrt(4 * 0.05**2))
-    assert found.of_difference == pytest.approx(found.sd)  # sqrt(2 / 2)
+    assert found.own == pytest.approx({"a": 0.01, "b": 0.01})
+    assert found.common == pytest.approx(0.01 / 0.4549, rel=1e-3)  # the median of chi-squared of one degree
+    assert found.error("a") == pytest.approx(found.sd / math.sqrt(2))
+    error, degrees = found.of_difference("a", "b")
+    assert error == pytest.approx(found.sd)  # sqrt(2 / 2)
+    assert degrees == pytest.approx(2 * found.degrees)
+
+
+def test_a_noisy_candidate_answers_for_its_own_noise_alone():
+    """Of five, one varies by ten times: it widens its own intervals, and not the others'."""
+    rng = np.random.default_rng(5)
+    quiet = {name: list(1 + at / 10 + rng.normal(scale=0.01, size=6)) for at, name in enumerate("abcde")}
+    loud = quiet | {"e": list(2 + rng.normal(scale=0.1, size=6))}
+    (before,), (after,) = (differences(each, [("b", "a")], noise(each)) for each in (quiet, loud))
+    assert after.real
+    assert after.value - after.low < 2.5 * (before.value - before.low)
+    (own,) = differences(loud, [("e", "a")], noise(loud))
+    assert own.value - own.low > 3 * (after.value - after.low)
+    assert noise(loud).of_difference("a", "e")[1] < 6  # its few seeds are all there is to tell
+
+
+def test_the_noise_of_normal_figures_is_found():
+    rng = np.random.default_rng(11)
+    found = [noise({str(n): rng.normal(scale=0.02, size=3) for n in range(25)}).common for _ in range(200)]
+    assert np.mean(found) == pytest.approx(0.02**2, rel=0.1)
 
 
 def test_a_seed_that_is_harder_for_all_is_no_noise():
@@ -63,7 +92,7 @@ def test_holm_by_hand():
 
 def test_an_interval_leaves_zero_out_where_the_difference_is_real_and_there_alone():
     values = {"g": [1.0, 1.01, 0.99]} | {f"x{n}": [1 + n / 200, 1.004 + n / 200, 0.995 + n / 200] for n in range(8)}
-    known = Noise(0.012, 16, 3)
+    known = even(values, 0.012, 16)
     found = differences(values, [(name, "g") for name in values if name != "g"], known)
     assert {each.real for each in found} == {True, False}
     for each in found:
@@ -72,15 +101,16 @@ def test_an_interval_leaves_zero_out_where_the_difference_is_real_and_there_alon
 
 def test_one_difference_is_students_t():
     """df = 4, 95 %: t = 2.776."""
-    (found,) = differences({"a": [2.0] * 3, "b": [1.0] * 3}, [("a", "b")], Noise(0.3, 4, 3))
+    values = {"a": [2.0] * 3, "b": [1.0] * 3}
+    (found,) = differences(values, [("a", "b")], even(values, 0.3, 2))
     assert found.value - found.low == pytest.approx(2.776 * 0.3 * math.sqrt(2 / 3), rel=1e-3)
 
 
 def test_groups_are_of_the_first_and_what_does_not_differ_from_it():
     """a and c differ, b from neither: b stands with a, and c begins a group."""
     values = {"c": [1.06, 1.06], "a": [1.0, 1.0], "b": [1.03, 1.03], "d": [2.0, 2.0]}
-    assert groups(values, Noise(0.015, 30, 2)) == [["a", "b"], ["c"], ["d"]]
-    assert groups(values, Noise(10.0, 30, 2)) == [["a", "b", "c", "d"]]
+    assert groups(values, even(values, 0.015, 15)) == [["a", "b"], ["c"], ["d"]]
+    assert groups(values, even(values, 10.0, 15)) == [["a", "b", "c", "d"]]
 
 
 def test_one_seed_tells_nothing_apart():
@@ -94,12 +124,12 @@ def test_one_seed_tells_nothing_apart():
 def test_rank_correlation_by_hand():
     """One neighbouring pair changed of four: 1 - 6 * 2 / (4 * 15); of 24 orders 4 agree as well."""
     ours = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "not in theirs": 0.0}
-    found = rank_correlation(ours, {"a": 10, "b": 20, "c": 40, "d": 30, "not in ours": 5}, error=1e-9)
+    found = rank_correlation(ours, {"a": 10, "b": 20, "c": 40, "d": 30, "not in ours": 5}, dict.fromkeys(ours, 1e-9))
     assert found.value == pytest.approx(0.8)
     assert (found.low, found.high) == pytest.approx((0.8, 0.8))
     assert found.p == pytest.approx(4 / 24, abs=0.015)
     assert set(found.names) == {"a", "b", "c", "d"}
-    wide = rank_correlation(ours, {"a": 10, "b": 20, "c": 40, "d": 30}, error=2.0)
+    wide = rank_correlation(ours, {"a": 10, "b": 20, "c": 40, "d": 30}, dict.fromkeys(ours, 2.0))
     assert wide.low < 0.5 < wide.high
 
 
