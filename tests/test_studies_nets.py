@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from models.gpt import ActuaryGPT
 from models.quality import ECE_BINS, ece_of, quality_of, reliability
-from models.train import Recipe
+from models.train import Recipe, train_variant
 from studies import gates, head, magnitudes, moons, small_gpt
 from studies.gates import Answers, Served
 from studies.small_gpt import (
@@ -421,3 +422,15 @@ def test_tokens_per_byte_counts_the_texts_own_bytes(corpus):
     every = torch.from_numpy(ids.held_out)[None].long()
     bytes_of_text = (every.shape[1] - 1) / tokens_per_byte(corpus, 300, every)
     assert bytes_of_text == pytest.approx(ids.held_out_bytes)
+
+
+@pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
+def test_a_net_of_a_study_is_the_one_that_actuary_train_makes(corpus, tmp_path, objective):
+    recipe = dataclasses.replace(RECIPE, steps=12)
+    job = Job(objective=objective, seed=101)
+    train_variant(job.variant, recipe, corpus, tmp_path / "train", lambda report: None, lambda: False)
+    theirs = load_file(tmp_path / "train" / job.variant.name / "model.safetensors")
+    ours = small_gpt.train(job, recipe, corpus, tmp_path / "study", lambda share: None).state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
