@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> Any:
         verb = next((argument for argument in arguments if argument in VERBS), "")
         if not verb or not missing.name:
             raise
-        click.echo(f"actuary: {_not_installed(verb, missing.name)}", err=True)
+        click.echo(f"actuary: {not_installed(verb, missing.name)}", err=True)
         sys.exit(BadInput.exit_code)
 
 
@@ -160,7 +160,8 @@ def _end(number: int, _: Any) -> None:
     sys.exit(128 + number)
 
 
-def _not_installed(verb: str, module: str) -> str:
+def not_installed(verb: str, module: str) -> str:
+    """Which package or room a verb lacks, and what to do."""
     if module.partition(".")[0] in ROOMS:
         return f"`actuary {verb}` is not part of this installation: it leaves {module.replace('.', '/')} out"
     extra = VERBS[verb][1]

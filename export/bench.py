@@ -39,6 +39,7 @@ from models.gpt import ActuaryConfig, ActuaryGPT
 
 Place = Literal["alone", "ffn", "model"]
 Way = Literal["fused", "unfused", "torch", "copy"]
+Clock = Callable[[], float]  # seconds
 PLACES: tuple[Place, ...] = ("alone", "ffn", "model")
 AT_LEAST_S = 0.004  # one sample: as many calls as fill this, so that a clock tick and a call's overhead are small
 EXPANSION = 4  # H over C in the feed-forward block
@@ -94,7 +95,7 @@ def cases(records: Sequence[Activation], rows: Sequence[int], hidden: Sequence[i
     return found
 
 
-def _session(model: onnx.ModelProto, library: Library | None, threads: int) -> onnxruntime.InferenceSession:
+def open_session(model: onnx.ModelProto, library: Library | None, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -103,7 +104,7 @@ def _session(model: onnx.ModelProto, library: Library | None, threads: int) -> o
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _bound(session: onnxruntime.InferenceSession, feeds: dict[str, NDArray[Any]]) -> Callable[[], None]:
+def bound_run(session: onnxruntime.InferenceSession, feeds: dict[str, NDArray[Any]]) -> Callable[[], None]:
     """A run whose inputs lie ready and whose outputs are not copied."""
     binding = session.io_binding()
     for name, array in feeds.items():
@@ -157,7 +158,7 @@ def _torch_run(record: Activation, model: onnx.ModelProto, x: NDArray[np.float32
     return run
 
 
-def _copy(bytes_moved: int) -> Callable[[], None]:
+def copy_run(bytes_moved: int) -> Callable[[], None]:
     """Reads half of these bytes and writes the other half, on torch's threads."""
     source = torch.ones(bytes_moved // 2, dtype=torch.uint8)
     target = torch.empty_like(source)
@@ -188,34 +189,41 @@ def _ways(record: Activation, case: Case, library: Library | None, threads: int)
         proto = _one_node(record, width, case.hidden, ffn, rng)
         x = rng.normal(size=(case.rows, case.hidden // EXPANSION if ffn else width)).astype(np.float32)
         feeds, eager = {"x": x}, _torch_run(record, proto, x, ffn)
-    ways: dict[Way, Callable[[], None]] = {"unfused": _bound(_session(proto, None, threads), feeds), "torch": eager}
+    ways: dict[Way, Callable[[], None]] = {
+        "unfused": bound_run(open_session(proto, None, threads), feeds),
+        "torch": eager,
+    }
     if library and not library.why_not(record.name, trace(record).digest, cuda=False):
-        ways["fused"] = _bound(_session(proto, library, threads), feeds)
+        ways["fused"] = bound_run(open_session(proto, library, threads), feeds)
     if case.place == "alone":
-        ways["copy"] = _copy(4 * case.rows * case.hidden * (3 if record.gated else 2))
+        ways["copy"] = copy_run(4 * case.rows * case.hidden * (3 if record.gated else 2))
     return ways
 
 
-def _sample(run: Callable[[], None], calls: int) -> float:
-    """Seconds per call."""
-    start = time.perf_counter()
+def seconds_per_call(run: Callable[[], None], calls: int, clock: Clock = time.perf_counter) -> float:
+    start = clock()
     for _ in range(calls):
         run()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
-def measure(record: Activation, case: Case, library: Library | None, threads: int, rounds: int) -> Measured:
+def measure(
+    record: Activation, case: Case, library: Library | None, threads: int, rounds: int,
+    clock: Clock = time.perf_counter,
+) -> Measured:  # fmt: skip
     """All ways of one case, `rounds` samples each, after a warm-up."""
     torch.set_num_threads(threads)
     ways = _ways(record, case, library, threads)
-    calls = {way: max(1, math.ceil(AT_LEAST_S / max(_sample(run, 3), 1e-7))) for way, run in ways.items()}
+    calls = {
+        way: max(1, math.ceil(AT_LEAST_S / max(seconds_per_call(run, 3, clock), 1e-7))) for way, run in ways.items()
+    }
     elements = case.rows * case.hidden * (MODEL["layers"] if case.place == "model" else 1)
     result = Measured(case, {way: [] for way in ways})
     rng = np.random.default_rng(0)
     for _ in range(rounds):
         for i in rng.permutation(len(ways)):
             way = list(ways)[i]
-            result.samples[way].append(1e9 * _sample(ways[way], calls[way]) / elements)
+            result.samples[way].append(1e9 * seconds_per_call(ways[way], calls[way], clock) / elements)
     return result
 
 

@@ -90,6 +90,7 @@ class ActivationInfo(_Record):
     paper: str
     learned: dict[str, float] = {}
     digest: str = ""  # of the formula; a library of fused operators is used where its digest is the same
+    record_digest: str = ""  # of its values, which checkpoints and studies are known by; empty: written before that
     curve: Curve
 
 

@@ -51,6 +51,7 @@ def describe(activation: Activation) -> ActivationInfo:
         paper=activation.paper,
         learned=dict(activation.learned),
         digest=expression.digest,
+        record_digest=activation.digest,
         curve=curve(activation),
     )
 

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -29,6 +29,10 @@ from models.corpus import Corpus
 from models.files import check_replaceable, check_writable
 from models.train import QUALITY, Diverged, Recipe, Stopped, Variant, fingerprint, finished, train_variant
 from models.train import Progress as Report
+
+# One variant's training, as its arguments come: (variant, recipe, corpus, out).
+Job = tuple[Variant, Recipe, Corpus, Path]
+Work = Callable[[Variant, Recipe, Corpus, Path, Callable[[Report], None], Callable[[], bool]], Any]
 
 _stop = threading.Event()
 _reports: Any = None  # a worker's queue to its parent
@@ -72,13 +76,25 @@ def train_all(
     if not missing:
         return []
     check_writable(out)
-    _stop.clear()
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     main = int(os.environ.get("RANK", "0")) == 0
     with _bars(missing, recipe, console, visible=main) as show:
-        if distributed or torch.cuda.is_available() or workers == 1 or len(missing) == 1:
-            return _in_turn(missing, recipe, corpus, out, show)
-        return _side_by_side(missing, recipe, corpus, out, min(workers, len(missing)), show)
+        jobs = [(variant, recipe, corpus, out) for variant in missing]
+        return run_jobs(jobs, 1 if distributed or torch.cuda.is_available() else workers, show)
+
+
+def run_jobs(
+    jobs: Sequence[Job], workers: int, show: Callable[[Report], None], work: Work = train_variant
+) -> list[ActuaryError]:
+    """Does `work` for each job, in this process where there is one worker. Returns what kept some from finishing.
+
+    Args:
+        work: a function of a module, so that another process finds it by name.
+    """
+    _stop.clear()
+    if workers == 1 or len(jobs) == 1:
+        return _in_turn(jobs, show, work)
+    return _side_by_side(jobs, min(workers, len(jobs)), show, work)
 
 
 @contextlib.contextmanager
@@ -133,12 +149,12 @@ def _ask_to_stop(*_: Any) -> None:
     _stop.set()
 
 
-def _in_turn(variants: Sequence[Variant], recipe: Recipe, corpus: Corpus, out: Path, show: Any) -> list[ActuaryError]:
+def _in_turn(jobs: Sequence[Job], show: Callable[[Report], None], work: Work) -> list[ActuaryError]:
     failures: list[ActuaryError] = []
     with _on_signal(_ask_to_stop):
-        for variant in variants:
+        for job in jobs:
             try:
-                train_variant(variant, recipe, corpus, out, show, _stop.is_set)
+                work(*job, show, _stop.is_set)
             except Diverged as error:
                 failures.append(error)
             except Stopped as error:
@@ -155,13 +171,11 @@ def _start_worker(threads: int, reports: Any) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
-def _work(variant: Variant, recipe: Recipe, corpus: Corpus, out: Path) -> None:
-    train_variant(variant, recipe, corpus, out, _reports.put, _stop.is_set)
+def _work(work: Work, job: Job) -> None:
+    work(*job, _reports.put, _stop.is_set)
 
 
-def _side_by_side(
-    variants: Sequence[Variant], recipe: Recipe, corpus: Corpus, out: Path, workers: int, show: Any
-) -> list[ActuaryError]:
+def _side_by_side(jobs: Sequence[Job], workers: int, show: Callable[[Report], None], work: Work) -> list[ActuaryError]:
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()
     listener = threading.Thread(target=lambda: [show(report) for report in iter(reports.get, None)], daemon=True)
@@ -175,7 +189,7 @@ def _side_by_side(
             # terminal sends to it as well as to us, waits instead of killing it.
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             try:
-                futures = {pool.submit(_work, variant, recipe, corpus, out): variant for variant in variants}
+                futures = {pool.submit(_work, work, job): job[0] for job in jobs}
             finally:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             while wait(futures, timeout=0.2).not_done:

@@ -48,6 +48,8 @@ from service.score import score
 from service.sequence import Runs
 from service.settings import Settings
 from service.shortcut import Shortcut
+from service.studies import Studies
+from service.studies import router as studies_router
 from service.tokens import Tokens
 from service.variant import Variant
 
@@ -65,6 +67,7 @@ class Service:
     metrics: Metrics
     experiments: Experiments
     comparisons: Comparisons
+    studies: Studies
     draining: bool = False
 
     @property
@@ -91,11 +94,12 @@ def create_app(settings: Settings) -> FastAPI:
         library,
         engine,
         runtime.no_cuda,
-        assets.Compressed.of(_activations(library), "application/json"),
+        assets.Compressed.of(_activations(library, runtime), "application/json"),
         Tokens(library, settings),
         Metrics(engine.metrics, engine.tell, experiments.counters.all),
         experiments,
         Comparisons(settings.compare, library),
+        Studies(settings.studies),
     )
 
     @asynccontextmanager
@@ -104,7 +108,7 @@ def create_app(settings: Settings) -> FastAPI:
         async with service.engine:
             yield
         await service.comparisons.close()
-        experiments.look_no_more()
+        experiments.answer_no_more()
         await asyncio.to_thread(experiments.close)
 
     app: FastAPI = FastAPIOffline(
@@ -125,6 +129,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(v1)
     app.include_router(experiments_router)
     app.include_router(comparisons_router)
+    app.include_router(studies_router)
     app.include_router(v2)
     app.include_router(aliases)
     app.include_router(health)
@@ -189,13 +194,13 @@ async def post_next_token(asked: NextTokenRequest, request: Request) -> Response
     """Probabilities of the token after each prompt, under each variant."""
     service = _service(request)
     if exposure := service.experiments.expose(asked, request):
-        return await exposure.around(_next_token(exposure.asked, request, exposure.engine))
-    return await _next_token(asked, request, service.engine)
+        return await exposure.around(_next_token(asked, [exposure.variant], request, exposure.engine))
+    return await _next_token(asked, asked.model, request, service.engine)
 
 
-async def _next_token(asked: NextTokenRequest, request: Request, engine: Runs) -> Response:
-    service = _named(request, asked.model)
-    work = next_token(asked, service.library, engine, service.settings, request.state.arrived)
+async def _next_token(asked: NextTokenRequest, names: Sequence[str], request: Request, engine: Runs) -> Response:
+    service = _named(request, names)
+    work = next_token(asked, service.library.choose(names), engine, service.settings, request.state.arrived)
     return _timed(request, await unless_gone(request, work))
 
 
@@ -219,7 +224,8 @@ async def post_completions(asked: CompletionRequest, request: Request) -> Respon
     """What comes after each prompt, in OpenAI's shape with vLLM's additions; streamed or not."""
     service = _service(request)
     if exposure := service.experiments.expose(asked, request):
-        return await exposure.around(_completions(exposure.asked, request, exposure.engine))
+        asked = asked.model_copy(update={"model": exposure.variant})
+        return await exposure.around(_completions(asked, request, exposure.engine))
     return await _completions(asked, request, service.engine)
 
 
@@ -379,13 +385,16 @@ def _model(variant: Variant) -> dict[str, Any]:
     }
 
 
-def _activations(library: Library) -> bytes:
+def _activations(library: Library, runtime: Runtime) -> bytes:
     """The body of /v1/activations, which never changes while we run."""
     data = []
     variants = library.variants.values()
     for info in library.activations:
         record = info.model_dump(mode="json")
         record["units"] = record["curve"].pop("units")
+        record["unfused"] = runtime.unfused(
+            info
+        )  # why a model in float32 would not run it fused here; "" where it would
         record["served_by"] = [v.name for v in variants if v.manifest.activation == info.name]
         data.append(record)
     return json.dumps({"object": "list", "data": data}, ensure_ascii=False).encode()

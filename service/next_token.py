@@ -1,6 +1,6 @@
 """`POST /v1/next-token`, from a checked request to the bytes of its answer.
 
-    choose the variants -> encode -> engine.run -> turn rows to entries -> answer
+    encode -> engine.run -> turn rows to entries -> answer
 
 B prompts, V the vocabulary, as everywhere.
 """
@@ -20,7 +20,6 @@ from pydantic_core import to_json
 
 from service.engine import Done, Job
 from service.errors import ApiError, Invalid, shown
-from service.library import Library
 from service.schema import NextTokenRequest
 from service.sequence import Runs
 from service.settings import Settings
@@ -56,10 +55,10 @@ class _Item:
 
 
 async def next_token(
-    asked: NextTokenRequest, library: Library, engine: Runs, settings: Settings, arrived: float
+    asked: NextTokenRequest, variants: Sequence[Variant], engine: Runs, settings: Settings, arrived: float
 ) -> Answered:
-    """Answer `asked`, which arrived at `arrived` by perf_counter; ApiError where it cannot be."""
-    variants = library.choose(asked.model)
+    """Answer `asked` by each of `variants`, of a request that arrived at `arrived` by perf_counter; ApiError where it
+    cannot be."""
     entries = _check_size(asked, variants, settings)
     characters = sum(len(text) for text in (*asked.prompt, *asked.tokens) if isinstance(text, str))
     items, tokenize_s = await here_or_in_a_thread(characters <= INLINE_CHARACTERS, lambda: _encode(asked, variants))

@@ -78,6 +78,9 @@ class Settings(BaseModel):
         description="Folder of comparisons, which the page then lists; and whoever reaches the port may start one, "
         "which puts load on this machine.",
     )
+    studies: Path = Field(
+        Path("docs/studies"), description="Folder of what `actuary study` found, which the page shows."
+    )
     access_log: bool = Field(False, description="Log each request on standard error.")
 
     @model_validator(mode="after")

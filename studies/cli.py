@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from actuary import ActuaryError, cores
+from actuary import ActuaryError, cores, not_installed
 from studies.catalogue import ALL, chosen
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ console = Console(stderr=True)
 @click.argument("names", nargs=-1, required=True, metavar=f"NAME...|{ALL}")
 @click.option("--quick", is_flag=True, help="Smaller, with the same direction: all of them in 8 minutes on two cores.")
 @click.option("--seeds", type=click.IntRange(1, 1000), help="In place of each study's own number.")
+@click.option("--steps", type=click.IntRange(1, 1_000_000), help="Of each training, where a study trains on text.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("docs/studies"),
               show_default=True, help="Folder for records, pages and drawings.")  # fmt: skip
 @click.option("--kept", type=click.Path(path_type=Path, file_okay=False), default=Path("artifacts/studies"),
@@ -41,8 +42,8 @@ console = Console(stderr=True)
 @click.option("--again", is_flag=True, help="Also what is there already, of the same settings and this machine.")
 @click.option("--json", "as_json", is_flag=True, help="The records as one JSON list on standard output.")
 def study(
-    names: tuple[str, ...], quick: bool, seeds: int | None, out: Path, kept: Path, workers: int | None, again: bool,
-    as_json: bool,
+    names: tuple[str, ...], quick: bool, seeds: int | None, steps: int | None, out: Path, kept: Path,
+    workers: int | None, again: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure claims of the source documents, and say whether they hold.
 
@@ -72,12 +73,12 @@ def study(
     for name in asked:
         old = there.get(name)
         try:
-            if old is not None and not again and _same(old, name, quick, seeds):
+            if old is not None and not again and _same(old, name, quick, seeds, steps):
                 said = f"{name}: done on {old.date} with these settings, on this machine; --again runs it anew"
                 console.print(said, highlight=False, soft_wrap=True)
                 record = old
             else:
-                record = _run(name, quick, seeds, kept, workers or cores())
+                record = _run(name, quick, seeds, steps, kept, workers or cores())
         except KeyboardInterrupt:
             rest = f"{len(records)} of {len(asked)} done are kept in {out}; the same command goes on"
             raise ActuaryError(f"stopped in {name}; {rest}") from None
@@ -86,7 +87,7 @@ def study(
             if not isinstance(error, (ActuaryError, ModuleNotFoundError)):
                 traceback.print_exception(error)
             if len(asked) > 1:
-                console.print(f"[red]{name} failed:[/] {escape(str(error))}", soft_wrap=True)
+                console.print(f"[red]{name} failed:[/] {escape(_in_a_line(error))}", soft_wrap=True)
             continue
         document.keep(out, kept / name, record, old)
         records.append(record)
@@ -96,20 +97,26 @@ def study(
     if failures and len(asked) == 1:
         raise failures[asked[0]]
     if failures:
-        said = "; ".join(f"{name}: {error or type(error).__name__}" for name, error in failures.items())
+        said = "; ".join(f"{name}: {_in_a_line(error)}" for name, error in failures.items())
         raise ActuaryError(f"{len(failures)} of {len(asked)} studies failed: {said}")
 
 
-def _same(record: Record, name: str, quick: bool, seeds: int | None) -> bool:
+def _in_a_line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return not_installed("study", error.name)
+    return str(error) or type(error).__name__
+
+
+def _same(record: Record, name: str, quick: bool, seeds: int | None, steps: int | None) -> bool:
     """Whether that is what a run would be again: of the claim as it stands, so asked for, on this machine."""
     from studies.catalogue import claim
     from studies.store import machine
 
-    asked = (claim(name), quick, seeds, machine())
-    return (record.claim, record.quick, record.seeds, record.machine) == asked
+    asked = (claim(name), quick, seeds, steps, machine())
+    return (record.claim, record.quick, record.seeds, record.steps, record.machine) == asked
 
 
-def _run(name: str, quick: bool, seeds: int | None, kept: Path, workers: int) -> Record:
+def _run(name: str, quick: bool, seeds: int | None, steps: int | None, kept: Path, workers: int) -> Record:
     from studies import store
     from studies.catalogue import study as module_of
     from studies.study import Options
@@ -119,8 +126,8 @@ def _run(name: str, quick: bool, seeds: int | None, kept: Path, workers: int) ->
     folder.mkdir(parents=True, exist_ok=True)
     with _bar(name) as report:
         module = module_of(name)
-        finding = module.run(Options(quick=quick, seeds=seeds, kept=folder, workers=workers, report=report))
-    return store.record(module.CLAIM, finding, quick, seeds, time.monotonic() - began)
+        finding = module.run(Options(quick, seeds, folder, workers, report, steps))
+    return store.record(module.CLAIM, finding, quick, seeds, time.monotonic() - began, steps)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 from models.files import write_atomically
 from studies import store
 from studies.catalogue import NAMES
+from studies.drawing import draw
 from studies.store import Record
 from studies.study import Cell, Chart, Field, Table
 
@@ -27,6 +28,7 @@ def page(record: Record) -> str:
     claim, finding = record.claim, record.finding
     command = f"actuary study {claim.name}" + " --quick" * record.quick
     command += f" --seeds {record.seeds}" if record.seeds is not None else ""
+    command += f" --steps {record.steps}" if record.steps is not None else ""
     parts = [
         f"# {heading(record)}",
         f"<!-- written by `{command}` from {claim.name}.json; not to be edited -->",
@@ -38,7 +40,7 @@ def page(record: Record) -> str:
         parts.append("A quick run: smaller than the study's own size, with a wider spread.")
     parts.append(_figures(record))
     for chart in finding.charts:
-        parts.append(f"![{_plain(_described(chart))}]({drawing(record, chart)})")
+        parts.append(f"![{_plain(_described(chart))}]({file_of(record, chart)})")
         parts.append(chart.note)
     parts += [_table(table) for table in finding.tables]
     parts.append("## Settings\n\n" + "\n".join(_settings(finding.settings)))
@@ -50,7 +52,7 @@ def page(record: Record) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def drawing(record: Record, chart: Chart | Field) -> str:
+def file_of(record: Record, chart: Chart | Field) -> str:
     return f"{record.claim.name}-{chart.name}.svg"
 
 
@@ -134,9 +136,7 @@ def records(folder: Path) -> list[Record]:
 
 def drawings(record: Record) -> dict[str, bytes]:
     """File name -> SVG, of every chart."""
-    from studies.drawing import draw  # half a second of matplotlib
-
-    return {drawing(record, chart): draw(chart, "svg") for chart in record.finding.charts}
+    return {file_of(record, chart): draw(chart, "svg") for chart in record.finding.charts}
 
 
 def write(folder: Path, record: Record) -> None:
@@ -156,20 +156,18 @@ def keep(folder: Path, pictures: Path, record: Record, old: Record | None) -> No
     Args:
         pictures: folder of PNGs, for where no SVG is taken.
     """
-    from studies.drawing import draw
-
     store.write(folder, record)
     record = store.read(store.path_of(folder, record.claim.name))  # pages are of what is kept, to its digits
     write(folder, record)
     write_index(folder)
     for chart in record.finding.charts:
-        (pictures / drawing(record, chart)).with_suffix(".png").write_bytes(draw(chart, "png"))
+        (pictures / file_of(record, chart)).with_suffix(".png").write_bytes(draw(chart, "png"))
     if old:
         remove_drawings(folder, old, record)
 
 
 def remove_drawings(folder: Path, old: Record, new: Record) -> None:
     """Those of `old` that `new` has not."""
-    for name in {drawing(old, chart) for chart in old.finding.charts}:
-        if name not in {drawing(new, chart) for chart in new.finding.charts}:
+    for name in {file_of(old, chart) for chart in old.finding.charts}:
+        if name not in {file_of(new, chart) for chart in new.finding.charts}:
             (folder / name).unlink(missing_ok=True)

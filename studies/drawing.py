@@ -91,7 +91,7 @@ def _line(axes: Axes, line: Line, index: int, chart: Chart) -> None:
     x: Any = list(line.x)
     y = _numbers(line.y)
     style: dict[str, Any] = {"color": colour, "zorder": 3}
-    if chart.kind == "points":
+    if chart.kind == "points" and not line.dashed:
         low, high = (_numbers(line.y if bound is None else bound) for bound in (line.low, line.high))
         reach = [np.maximum(0, y - low), np.maximum(0, high - y)]
         bars = None if line.low is None and line.high is None else reach

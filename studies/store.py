@@ -2,7 +2,7 @@
 
 {"schema": 1, "claim": {...}, "verdict", "sentence", "figures": [...], "settings": {...}, "tables": [...],
  "charts": [{"type": "chart" | "field", ...}], "data": {...}, "quick", "seeds", "machine", "date", "versions",
- "seconds"}
+ "seconds", "steps"}
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Record:
     """A run that is kept.
 
     Args:
-        seeds: as they were asked for; None where the study chose.
+        seeds, steps: as they were asked for; None where the study chose.
         versions: of Python and the packages that computed.
     """
 
@@ -44,6 +44,7 @@ class Record:
     date: str
     versions: dict[str, str]
     seconds: float
+    steps: int | None = None
 
 
 _RECORD = TypeAdapter(Record)
@@ -135,7 +136,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def record(claim: Claim, finding: Finding, quick: bool, seeds: int | None, seconds: float) -> Record:
+def record(
+    claim: Claim, finding: Finding, quick: bool, seeds: int | None, seconds: float, steps: int | None = None
+) -> Record:
     """A run that ended now, here."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return Record(claim, finding, quick, seeds, machine(), today, versions(), round(seconds, 1))
+    return Record(claim, finding, quick, seeds, machine(), today, versions(), round(seconds, 1), steps)

@@ -115,7 +115,8 @@ def worst(both: tuple[Values, Values]) -> float:
 
 def served(kept: Path, pairs: int) -> list[tuple[float, float]]:
     """Of random pairs of tokens: softmax over the two, by /v1/score, and sigmoid of the difference of their logits."""
-    export_bundle(random_checkpoint("two", ActuaryConfig(activation="gelu", **TINY), Corpus.read()), kept / "bundles")
+    checkpoint = random_checkpoint("two", ActuaryConfig(activation="gelu", **TINY), Corpus.read())
+    export_bundle(checkpoint, kept / "bundles", seed=0)
     rng = np.random.default_rng(0)
     found = []
     with serving(kept / "bundles", kept) as ask:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from studies.perceptron import INITS, LABELS, Init, Labels, Perceptron, batch, one_thread
-from studies.study import Chart, Claim, Figure, Finding, Line, Options, Table, verdict_of
+from studies.study import Chart, Claim, Figure, Finding, Line, Options, Table, of_few, verdict_of
 
 CLAIM = Claim(
     number=2,
@@ -112,7 +112,7 @@ def run(options: Options) -> Finding:
         f"than under ReLU, by initialisation and labels, and each further layer multiplies it with "
         f"{falls['sigmoid', 'default']:.2f} to {falls['sigmoid', 'matched']:.2f}. Under ReLU with PyTorch's default "
         f"initialisation it falls too ({falls['relu', 'default']:.2f} a layer); with He's it stays "
-        f"({falls['relu', 'matched']:.2f}).",
+        f"({falls['relu', 'matched']:.2f})." + of_few(len(seeds)),
         figures=figures,
         settings={
             "net": f"{INPUTS}-{WIDTH}-{WIDTH}-{WIDTH}-1, float64, untrained",

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from studies.perceptron import Perceptron, batch, one_thread
-from studies.study import Cell, Chart, Claim, Figure, Finding, Line, Options, Table, verdict_of
+from studies.study import Cell, Chart, Claim, Figure, Finding, Line, Options, Table, of_few, verdict_of
 
 CLAIM = Claim(
     number=3,
@@ -35,7 +35,7 @@ INPUTS, WIDTHS = 10, (10, 64, 64, 64, 1)
 ACTIVATIONS = ("sigmoid", "relu", "tanh")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ONE, MANY = 1, 32
-SEEDS, QUICK_SEEDS = 50, 20
+SEEDS, QUICK_SEEDS = 50, 10
 EXAMPLES, STEPS, RATE = 256, 100, 3e-3  # of the training that "trained" means: full batches, Adam
 
 
@@ -115,7 +115,7 @@ def run(options: Options) -> Finding:
         f"sign, and {_percent(one['relu', False])} of ReLU's, which is not negative either; of tanh's "
         f"{_percent(one['tanh', False])}. A batch of {MANY} can mix them, {does} under sigmoid: {untrained:.0f} % are "
         f"left of one sign untrained, {after:.0f} % after {STEPS} steps; under ReLU "
-        f"{_percent(many['relu', False])} and {_percent(many['relu', True])}.",
+        f"{_percent(many['relu', False])} and {_percent(many['relu', True])}." + of_few(len(seeds)),
         figures=figures,
         settings={
             "net": "10-64-64-64-1, float64, Xavier for sigmoid and tanh, He for ReLU",

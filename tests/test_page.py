@@ -266,7 +266,7 @@ def test_every_activation_is_drawn(page: WebDriver, server_url: str) -> None:
 
 
 def test_quality_lists_every_variant(page: WebDriver, server_url: str) -> None:
-    page.find_element(By.LINK_TEXT, "Quality").click()
+    page.find_element(By.LINK_TEXT, "Activations").click()
     rows = until(page, lambda: all_of(page, "table.quality tbody tr"))
     models = get(f"{server_url}/v1/models")["data"]
     assert {row.get_attribute("data-model") for row in rows} == {model["id"] for model in models}
@@ -276,7 +276,7 @@ def test_quality_lists_every_variant(page: WebDriver, server_url: str) -> None:
         assert f"{model['parameters']:,}" in row.text
 
 
-@pytest.mark.parametrize("view", ["next-token", "activations", "quality", "compare"])
+@pytest.mark.parametrize("view", ["next-token", "activations", "studies", "compare"])
 def test_nothing_scrolls_sideways_on_a_phone(page: WebDriver, view: str) -> None:
     page.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",

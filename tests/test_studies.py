@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from actuary import ActuaryError, BadInput
 from studies import catalogue, document, drawing, store
 from studies.cli import study
-from studies.study import Chart, Claim, Field, Figure, Finding, Line, Table, verdict_of
+from studies.study import Chart, Claim, Field, Figure, Finding, Line, Table, of_few, verdict_of
 
 
 def claim_of(name: str) -> Claim:
@@ -98,6 +98,12 @@ def test_verdicts():
     assert verdict_of([False]) == "did not reproduce"
 
 
+def test_few_seeds_say_so():
+    assert of_few(1) == " One seed says nothing of the spread."
+    assert of_few(3) == " 3 seeds say little of the spread."
+    assert of_few(5) == ""
+
+
 # Records
 
 
@@ -116,7 +122,7 @@ def test_the_file_has_the_promised_shape(record):
     fields = json.loads(store.to_json(record))
     assert list(fields) == [
         "schema", "claim", "verdict", "sentence", "figures", "settings", "tables", "charts", "data", "quick", "seeds",
-        "machine", "date", "versions", "seconds",
+        "machine", "date", "versions", "seconds", "steps",
     ]  # fmt: skip
     assert [chart["type"] for chart in fields["charts"]] == ["chart", "chart", "field"]
     assert fields["claim"]["number"] == 3
@@ -206,7 +212,8 @@ def test_a_page_says_all_of_its_record(record, verdict):
     assert title == "# The title of zigzag" + ("" if verdict == "holds" else f" ({verdict})")
     for part in ("It is so.", "it not being so.", f"**Verdict: {verdict}.** 1 of 1.", "A quick run", "A note.", "a\\|b",
                  "| what | 1.5 | 2 | no: did not reproduce |", "`actuary study zigzag --quick --seeds 3`",
-                 "(zigzag-all.svg)", "(zigzag-plane.svg)", "| b |  |", "- nested:\n  - a: 1, 2\n", record.machine):  # fmt: skip
+                 "(zigzag-all.svg)", "(zigzag-plane.svg)", "| b |  |", "- nested:\n  - a: 1, 2\n",
+                 record.machine):  # fmt: skip
         assert part in page, part
 
 
@@ -225,7 +232,7 @@ def test_the_index_lists_what_is_there_by_number(record, tmp_path):
 
 
 def test_a_study_writes_its_record_page_drawings_and_index(made_up, tmp_path):
-    done = called(tmp_path, "zigzag", "--seeds", "7", "--quick", "--workers", "3", "--json")
+    done = called(tmp_path, "zigzag", "--seeds", "7", "--steps", "5", "--quick", "--workers", "3", "--json")
     assert done.exit_code == 0, done.output
     out = tmp_path / "out"
     drawn = {f"zigzag-{name}.svg" for name in ("all", "bars", "plane")}
@@ -233,7 +240,7 @@ def test_a_study_writes_its_record_page_drawings_and_index(made_up, tmp_path):
     kept = tmp_path / "kept" / "zigzag"
     assert {path.name for path in kept.iterdir()} == {name.replace("svg", "png") for name in drawn}
     ((_, options),) = made_up["options"]
-    assert (options.quick, options.seeds, options.workers, options.kept) == (True, 7, 3, kept)
+    assert (options.quick, options.seeds, options.steps, options.workers, options.kept) == (True, 7, 5, 3, kept)
     (printed,) = json.loads(done.stdout)
     assert printed == json.loads((out / "zigzag.json").read_text())
     assert "did not reproduce" in done.stderr  # of its first figure
@@ -252,7 +259,7 @@ def test_what_is_done_with_the_same_settings_is_not_run_again(made_up, tmp_path)
     assert ran(made_up) == ["slope", "cost", "slope"]
 
 
-@pytest.mark.parametrize("changed", [["--quick"], ["--seeds", "9"]])
+@pytest.mark.parametrize("changed", [["--quick"], ["--seeds", "9"], ["--steps", "9"]])
 def test_other_settings_run_it_again(made_up, tmp_path, changed):
     called(tmp_path, "slope")
     called(tmp_path, "slope", *changed)
@@ -286,6 +293,14 @@ def test_all_goes_on_past_one_that_fails_and_names_it_at_the_end(made_up, tmp_pa
     made_up["options"].clear()
     assert called(tmp_path, "all").exit_code == 0
     assert ran(made_up) == ["zigzag", "head"]
+
+
+def test_a_package_that_one_study_lacks_is_named_with_the_remedy(made_up, tmp_path):
+    made_up["moons"][:] = [ModuleNotFoundError("No module named 'sklearn'", name="sklearn")]
+    done = called(tmp_path, "moons", "slope")
+    assert "needs the package 'sklearn'" in str(done.exception)
+    assert "pip install -e '.[train,study]'" in str(done.exception)
+    assert ran(made_up) == ["slope", "moons"]
 
 
 def test_one_alone_fails_as_it_does(made_up, tmp_path):
@@ -331,6 +346,7 @@ def test_a_damaged_record_in_the_folder_is_refused_before_anything_runs(made_up,
         ([], "Missing argument"),
         (["slope", "--seeds", "0"], "0 is not in the range"),
         (["slope", "--seeds", "1001"], "1001 is not in the range"),
+        (["slope", "--steps", "0"], "0 is not in the range"),
         (["slope", "--workers", "0"], "0 is not in the range"),
         (["slope", "--seeds", "many"], "not a valid integer"),
     ],

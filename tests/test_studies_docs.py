@@ -74,7 +74,7 @@ def test_nothing_else_is_there():
     expected = {document.INDEX}
     for each in document.records(FOLDER):
         name = each.claim.name
-        expected |= {f"{name}.json", f"{name}.md"} | {document.drawing(each, chart) for chart in each.finding.charts}
+        expected |= {f"{name}.json", f"{name}.md"} | {document.file_of(each, chart) for chart in each.finding.charts}
     assert {path.name for path in FOLDER.iterdir()} == expected
 
 

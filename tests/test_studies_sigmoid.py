@@ -234,6 +234,13 @@ def test_the_fused_kernel_is_right_too(fused):
     assert stability.in_onnx(fused) == ""
 
 
+def test_without_a_library_it_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(stability.library, "DEFAULT_FOLDER", tmp_path)
+    found, why = stability.find_library()
+    assert found is None
+    assert "actuary ops build" in why
+
+
 # The whole of them, as small as they get
 
 

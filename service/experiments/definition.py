@@ -10,9 +10,12 @@ or from that arm alone, which cumulative intervals cannot do for more than two.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import math
+import random
 import re
 import tomllib
 from collections.abc import Mapping
@@ -57,7 +60,7 @@ class Definition:
 
 
 class Assignment:
-    """Which arm a key has. 2 us for two arms."""
+    """Which arm a key has. 2 us for two arms, 20 with cold caches."""
 
     def __init__(self, definition: Definition) -> None:
         salt = hashlib.blake2b(definition.salt.encode()).digest()  # any length to the 64 bytes that a key may have
@@ -66,6 +69,8 @@ class Assignment:
             (variant, share, hashlib.blake2b(variant.encode() + b"\0", key=salt, digest_size=8))
             for variant, share in definition.shares.items()
         ]
+        self._variants = tuple(definition.shares)
+        self._upto = tuple(itertools.accumulate(definition.shares.values()))  # to 1
 
     def arm(self, key: bytes) -> str:
         best, chosen = math.inf, ""
@@ -76,6 +81,10 @@ class Assignment:
             if (score := -math.log(u) / share) < best:
                 best, chosen = score, variant
         return chosen
+
+    def any_arm(self) -> str:
+        """Of a request without a key, by chance. 1 us."""
+        return self._variants[bisect.bisect(self._upto, random.random(), hi=len(self._upto) - 1)]
 
     def key_hash(self, key: bytes) -> int:
         """What is stored of a key: 64 bits that say nothing of it, signed as databases have them."""

@@ -1,8 +1,9 @@
 """One request that an experiment answers: which arm it has, and what is written of it.
 
-    expose -> around(the route's own work, on `engine`) -> record: Exposed, rows kept for its outcome, shadows
+    expose -> around(the route's own work, on `engine`) -> ended ... record, rows
 
-The route works on a request that names the arm. Beside it the engine is watched, for times, tokens and rows.
+The route works on a request that names the arm. Beside it the engine is watched. What that saw is read later, with that
+of other requests (service/experiments/live.py), so that no answer waits for it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Collection
 from time import perf_counter
-from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,88 +27,87 @@ from service.experiments.records import Exposed
 from service.schema import NextTokenRequest
 from service.sequence import Reader, Runs
 
-A = TypeVar("A", NextTokenRequest, CompletionRequest)
 Logits = NDArray[np.float32]  # [V]
 
 
-class Exposure(Generic[A]):
+class Exposure:
     """Of a request for the experiment `running`, whose arm is `variant`."""
+
+    __slots__ = ("_arrived", "_end", "_key", "_route", "choices", "engine", "generates", "id", "running", "streams",
+                 "variant")  # fmt: skip
 
     def __init__(
         self,
         id_: str,
         running: Running,
         variant: str,
-        key_hash: int | None,
-        asked: A,
+        key: bytes,
+        asked: NextTokenRequest | CompletionRequest,
         route: str,
         arrived: float,
         engine: Runs,
-        record: Callable[[Exposure[A], Exposed], None],
+        end: Callable[[Exposure, int, float], None],
     ) -> None:
+        """`end` is told once, on the event loop, its status and when it ended, by perf_counter."""
         self.id = id_
         self.running = running
         self.variant = variant
-        self.key_hash = key_hash
-        completion = asked if isinstance(asked, CompletionRequest) else None
-        self.asked: A = asked.model_copy(update={"model": variant if completion else [variant]})
+        self.streams, self.choices, self.generates = False, 1, False
+        if isinstance(asked, CompletionRequest):
+            self.streams, self.choices, self.generates = asked.stream, asked.n, asked.max_tokens > 0
         self.engine = Watched(engine, self)
-        self.streams = completion is not None and completion.stream
-        self.choices = completion.n if completion else 1
-        self.generates = completion is not None and completion.max_tokens > 0
+        self._key = key
         self._route = route
         self._arrived = arrived
-        self._record: Callable[[Exposure[A], Exposed], None] | None = record
+        self._end: Callable[[Exposure, int, float], None] | None = end
 
     async def around(self, work: Awaitable[Response]) -> Response:
-        """The route's response, with headers that say which arm it is; it is recorded once it is there.
+        """The route's response, with headers that say which arm it is; it has ended once it is there.
 
-        What is streamed is recorded when all of it is computed, by the engine that is watched.
+        What is streamed has ended when all of it is computed, by the engine that is watched.
         """
         try:
             response = await work
         except BaseException as error:
             if isinstance(error, ApiError):
-                error.headers = {**(error.headers or {}), **dict(self._headers)}
+                said = {name.decode(): value.decode() for name, value in self._headers}
+                error.headers = {**(error.headers or {}), **said}
             self.ended(error)
             raise
         if not self.streams:
-            self.answered()
-        response.raw_headers.extend((name.encode(), value.encode()) for name, value in self._headers)
+            self.ended()
+        response.raw_headers.extend(self._headers)
         return response
 
     @property
-    def _headers(self) -> tuple[tuple[str, str], ...]:
+    def _headers(self) -> tuple[tuple[bytes, bytes], ...]:
         name = self.running.definition.name
-        return ("x-experiment", name), ("x-arm", self.variant), ("x-exposure-id", self.id)
+        return (b"x-experiment", name.encode()), (b"x-arm", self.variant.encode()), (b"x-exposure-id", self.id.encode())
 
-    def answered(self) -> None:
-        """Record it once this turn of the event loop is over, in which the answer is sent."""
-        asyncio.get_running_loop().call_soon(self.ended, None, perf_counter())
+    def ended(self, error: BaseException | None = None) -> None:
+        """Now; unless it has before."""
+        end, self._end = self._end, None
+        if end:
+            end(self, _status(error), perf_counter())
 
-    def ended(self, error: BaseException | None, at: float = 0.0) -> None:
-        """Record that it ended `at`, now where that is not given; unless it is recorded."""
-        record, self._record = self._record, None
-        if record is None:
-            return
-        engine, at = self.engine, at or perf_counter()
-        record(
-            self,
-            Exposed(
-                id=self.id,
-                experiment_id=self.running.id,
-                variant=self.variant,
-                key_hash=self.key_hash,
-                at=time.time(),
-                route=self._route,
-                status=_status(error),
-                prompt_tokens=engine.prompt_tokens,
-                generated_tokens=sum(keeper.generated for keeper in engine.keepers),
-                prepare_ms=1e3 * ((engine.began or at) - self._arrived),
-                queue_ms=1e3 * engine.queue_s,
-                infer_ms=1e3 * engine.infer_s,
-                total_ms=1e3 * (at - self._arrived),
-            ),
+    def record(self, status: int, ended: float) -> Exposed:
+        """What is written of it, once it has ended at `ended`."""
+        engine = self.engine
+        last = max(engine.done, key=lambda each: each.at, default=None)
+        return Exposed(
+            id=self.id,
+            experiment_id=self.running.id,
+            variant=self.variant,
+            key_hash=self.running.assignment.key_hash(self._key) if self._key else None,
+            at=time.time() - (perf_counter() - ended),
+            route=self._route,
+            status=status,
+            prompt_tokens=sum(map(len, engine.prompts)),
+            generated_tokens=sum(keeper.generated for keeper in engine.keepers),
+            prepare_ms=1e3 * ((engine.began or ended) - self._arrived),
+            queue_ms=1e3 * last.queue_s if last else 0.0,
+            infer_ms=1e3 * last.infer_s if last else 0.0,
+            total_ms=1e3 * (ended - self._arrived),
         )
 
 
@@ -121,47 +120,48 @@ def _status(error: BaseException | None) -> int:
 
 
 class Watched:
-    """An engine for one request."""
+    """An engine for one request: what it was given, and what it did."""
 
-    def __init__(self, engine: Runs, exposure: Exposure[Any]) -> None:
+    __slots__ = ("_engine", "_exposure", "_jobs", "began", "done", "keepers")
+
+    def __init__(self, engine: Runs, exposure: Exposure) -> None:
         self._engine = engine
         self._exposure = exposure
-        self.began = self.queue_s = self.infer_s = 0.0
-        self.prompts: list[list[int]] = []
-        self.prompt_tokens = 0
+        self._jobs: Collection[Job] = ()
+        self.began = 0.0
+        self.done: list[Done] = []
         self.keepers: list[_Keeper] = []
-        self._found: list[Logits] = []
 
-    def take_rows(self) -> list[Logits]:
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Each once, however many choices it has."""
+        return [job.ids for job in [*self._jobs][:: self._exposure.choices]]
+
+    def rows(self) -> list[Logits]:
         """The logits after each prompt, as copies: a row is a part of its batch's, all of which it would hold."""
-        found, self._found = self._found, []
-        return [row.copy() for row in found] or [keeper.row for keeper in self.keepers if keeper.row is not None]
+        found = [each.row.logits.copy() for each in self.done if each.row is not None]
+        return found or [keeper.row for keeper in self.keepers if keeper.row is not None]
 
     async def run(self, jobs: Collection[Job]) -> list[Done]:
         self.began = perf_counter()
-        n = self._exposure.choices
-        watched = []
-        for at, job in enumerate(jobs):
-            if at % n == 0:
-                self.prompts.append(job.ids)
-                self.prompt_tokens += len(job.ids)
-            if job.reader:
-                keeper = _Keeper(job.reader, len(job.ids), keeps=at % n == 0, generates=self._exposure.generates)
-                self.keepers.append(keeper)
-                job = dataclasses.replace(job, reader=keeper)
-            watched.append(job)
+        self._jobs = jobs
+        watched = [self._watched(at, job) if job.reader else job for at, job in enumerate(jobs)]
         try:
-            done = await self._engine.run(watched)
+            self.done = await self._engine.run(watched)
         except BaseException as error:
             if self._exposure.streams:
                 self._exposure.ended(error)
             raise
-        last = max(done, key=lambda each: each.at)
-        self.queue_s, self.infer_s = last.queue_s, last.infer_s
-        self._found = [each.row.logits for each in done if each.row is not None]
         if self._exposure.streams:
-            self._exposure.answered()
-        return done
+            self._exposure.ended()
+        return self.done
+
+    def _watched(self, at: int, job: Job) -> Job:
+        assert job.reader
+        first = at % self._exposure.choices == 0
+        keeper = _Keeper(job.reader, len(job.ids), keeps=first, generates=self._exposure.generates)
+        self.keepers.append(keeper)
+        return dataclasses.replace(job, reader=keeper)
 
 
 class _Keeper:

@@ -31,7 +31,9 @@ _BODY = {
 
 
 def _experiments(request: Request) -> Experiments:
+    """Those of the service, which know of all that it has answered."""
     experiments: Experiments = request.app.state.service.experiments
+    experiments.settle()
     return experiments
 
 

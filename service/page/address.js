@@ -2,17 +2,22 @@
 
 const link = (view) => document.querySelector(`nav [data-view="${view}"]`);
 
+// Places of before, and where they lead now.
+const MOVED = { quality: ["activations", "at=served"] };
+
 /** The view that the address names, and its fields. */
 export function read() {
-  const [view, query = ""] = location.hash.slice(1).split("?", 2);
+  const [named, asked = ""] = location.hash.slice(1).split("?", 2);
+  const [view, query] = MOVED[named] ?? [named, asked];
   return { view: link(view) ? view : "next-token", fields: new URLSearchParams(query) };
 }
 
-/** Note what `view` shows: in the navigation, which leads back to it, and in the address while it is the one shown. */
-export function write(view, fields) {
+/** Note what `view` shows: in the navigation, which leads back to it, and in the address while it is the one shown. With
+    `push` the browser's Back leads to what was shown before. */
+export function write(view, fields, push = false) {
   const hash = `#${view}?${new URLSearchParams(fields)}`;
   link(view).setAttribute("href", hash);
-  if (read().view === view) history.replaceState(null, "", hash);
+  if (read().view === view && location.hash !== hash) history[push ? "pushState" : "replaceState"](null, "", hash);
 }
 
 /** A field's comma-separated names: those that are in `known`, and the others. */

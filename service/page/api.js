@@ -32,6 +32,14 @@ const post = (path, asked, signal) => ask(path, {
 
 export const nextToken = (asked, signal) => post("/v1/next-token", asked, signal);
 
+// Text and tokens of a variant's tokenizer, in vLLM's shape.
+export const tokenize = (asked) => post("/v1/tokenize", asked);
+export const detokenize = (asked) => post("/v1/detokenize", asked);
+
+const STUDIES = "/v1/studies";
+export const studies = () => ask(STUDIES);
+export const study = (name) => ask(`${STUDIES}/${encodeURIComponent(name)}`);
+
 const COMPARISONS = "/v1/comparisons";
 export const comparisons = () => ask(COMPARISONS);
 export const comparison = (id) => ask(`${COMPARISONS}/${encodeURIComponent(id)}`);

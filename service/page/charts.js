@@ -1,5 +1,7 @@
 // Plotly in the page's own colours. Its script is 4.8 MB, so it is fetched when the first chart is wanted.
 
+import { saturated } from "./saturation.js";
+
 let script = null;
 
 /** Plotly, fetched once. */
@@ -24,10 +26,22 @@ export const css = (name) => getComputedStyle(document.documentElement).getPrope
 // x where every bend is seen, and the most of y that is shown of what grows fast (relu2) or has poles (solu's slope).
 const X = [-4, 4];
 const REACH = { y: [-2.6, 4.4], slope: [-1, 2.6] };
-const DASHES = ["solid", "dash", "dot"];
+export const DASHES = ["solid", "dash", "dot"];
 const line = (variable, width, dash) => ({ color: css(variable), width, dash, simplify: false });
 
 const touch = () => matchMedia("(hover: none)").matches; // there a drag must scroll the page
+
+/** `#rrggbb` with an opacity. */
+export function faint(colour, opacity) {
+  const [red, green, blue] = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
+  return `rgba(${red}, ${green}, ${blue}, ${opacity})`;
+}
+
+/** Say to who cannot see it what a chart shows; its table, beside it, has the figures. */
+export function described(element, words) {
+  element.setAttribute("role", "img");
+  element.setAttribute("aria-label", words);
+}
 
 /** What every chart with axes has, in the colours of now. */
 export function shell() {
@@ -55,7 +69,8 @@ export function config() {
   };
 }
 
-/** The lines of `chosen` [{name, curve, slot}] over each other; `field` is y or slope. The slot says the colour. */
+/** The lines of `chosen` [{name, curve, slot}] over each other; `field` is y or slope. The slot says the colour. Of a
+    single one the parts where it saturates are shaded. */
 export async function overlay(element, chosen, field) {
   const Plotly = await plotly();
   const traces = chosen.map(({ name, curve, slot }) => ({
@@ -64,13 +79,22 @@ export async function overlay(element, chosen, field) {
   }));
   const layout = {
     ...shell(), margin: { l: 40, r: 12, t: 12, b: 32 }, hovermode: "x unified",
+    shapes: chosen.length === 1 ? shades(chosen[0].curve) : [],
     xaxis: { ...axis(), range: X, hoverformat: ".2f", showspikes: false, unifiedhovertitle: { text: "x = %{x}" } },
     yaxis: { ...axis(), range: visibleRange(traces, REACH[field]) },
   };
   await Plotly.react(element, traces, layout, config());
 }
 
-/** A thumbnail: the curve, its slope fainter behind it, in the same window for every activation. */
+/** Where an activation saturates, as bands of the whole height. */
+function shades(curve) {
+  return saturated(curve).map(([x0, x1]) => ({
+    type: "rect", yref: "paper", y0: 0, y1: 1, x0, x1, fillcolor: css("--shade"), line: { width: 0 }, layer: "below",
+  }));
+}
+
+/** A thumbnail: the curve, its slope fainter behind it, in the same window for every activation; shaded where it
+    saturates. */
 export async function thumbnail(element, curve) {
   const Plotly = await plotly();
   const trace = (field, colour, width) => ({
@@ -79,7 +103,7 @@ export async function thumbnail(element, curve) {
   const axis = { showgrid: false, showticklabels: false, zerolinecolor: css("--grid"), fixedrange: true };
   const layout = {
     margin: { l: 0, r: 0, t: 0, b: 0 }, showlegend: false, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
-    xaxis: { ...axis, range: X }, yaxis: { ...axis, range: [-1.4, 2.8] },
+    xaxis: { ...axis, range: X }, yaxis: { ...axis, range: [-1.4, 2.8] }, shapes: shades(curve),
   };
   const traces = [trace("slope", "--faint", 1.2), trace("y", "--ink", 1.8)];
   await Plotly.react(element, traces, layout, { staticPlot: true, responsive: true });
@@ -90,7 +114,7 @@ export function resized(element) {
   for (const plot of element.querySelectorAll(".js-plotly-plot")) window.Plotly.Plots.resize(plot);
 }
 
-const HUES = 7; // --hue-0 to --hue-6
+export const HUES = 7; // --hue-0 to --hue-6
 
 /** The CSS variable of a line's colour; softmax and sigmoid keep theirs everywhere. */
 export function colour(name, slot) {

@@ -3,6 +3,7 @@
 import { reportOf } from "./api.js";
 import * as charts from "./compare-charts.js";
 import { byId, h } from "./dom.js";
+import { figures, readout, scrollable } from "./readout.js";
 import { interval, milliseconds, percent, when } from "./text.js";
 
 const AGAIN = ":again"; // the baseline a second time, the machine's own check
@@ -89,7 +90,15 @@ const exhibit = (name, title, said) =>
   h("section", { id: name, class: "exhibit", "aria-labelledby": `${name}-title`, hidden: name === "rounds" },
     h("div", { class: "said" }, h("h4", { id: `${name}-title` }, title), h("p", { class: "note" }, said)),
     h("div", { id: `${name}-plot`, class: "plot" }),
-    h("div", { id: `${name}-table`, class: "wide", tabindex: 0, role: "group", "aria-labelledby": `${name}-title` }));
+    scrollable(`${title}, as a table`, [], { id: `${name}-table` }),
+    readout({ name: `comparison-${name}`, title, table: () => written(byId(`${name}-table`)), plot: () => byId(`${name}-plot`),
+      listed: false, legend: name === "rounds" }));
+
+/** The texts of the table in `element`. */
+function written(element) {
+  const [columns, ...rows] = [...element.querySelectorAll("tr")].map((row) => [...row.cells].map((cell) => cell.textContent));
+  return { columns: columns ?? [], rows };
+}
 
 function about(design, result) {
   if (!design) return [];
@@ -130,7 +139,7 @@ async function verdict({ result, progress, models }) {
   const [differences, differencesTable, quality, qualityTable] =
     ["forest-plot", "forest-table", "frontier-plot", "frontier-table"].map(byId);
   const arms = [...result.arms].filter(({ p50 }) => p50).sort((a, b) => b.p50.ratio - a.p50.ratio);
-  differencesTable.replaceChildren(table(
+  differencesTable.replaceChildren(figures(
     ["variant", "p50", "p99", "inference"],
     [
       ...arms.map((arm) => [arm.model, ...["p50", "p99", "infer"].map((name) => interval(arm[name]))]),
@@ -140,7 +149,7 @@ async function verdict({ result, progress, models }) {
   quality.hidden = qualityTable.hidden = Boolean(why);
   if (why) byId("frontier").querySelector(".note").replaceChildren(why);
   const ms = median(counted(progress)[result.baseline] ?? []);
-  qualityTable.replaceChildren(table(
+  qualityTable.replaceChildren(figures(
     ["variant", ms ? "p50, ms" : "p50", "bits per byte", "best"],
     points.map(({ model, ratio, bits, best }) =>
       [model, ms ? milliseconds(ms * ratio) : percent(ratio), bits.toFixed(4), best ? "yes" : ""])));
@@ -191,7 +200,7 @@ async function rounds(progress) {
   const known = counted(progress);
   const listed = Array.from({ length: Math.min(progress.rounds, ROUNDS_LISTED) }, (_, i) => progress.rounds - 1 - i);
   const heading = (arm) => h("span", { class: "key", style: `--key: var(${charts.hue(arm, arms)})` }, name(arm));
-  byId("rounds-table").replaceChildren(table(["round", ...arms.map(heading)], [
+  byId("rounds-table").replaceChildren(figures(["round", ...arms.map(heading)], [
     ["median", ...arms.map((arm) => number(median(known[arm])))],
     ...listed.map((round) => [round + 1, ...arms.map((arm) => cell(arm, round))]),
   ]));
@@ -200,12 +209,3 @@ async function rounds(progress) {
 
 const number = (value) => (value == null ? "–" : milliseconds(value));
 const name = (arm) => (arm.endsWith(AGAIN) ? `${arm.slice(0, -AGAIN.length)} (A/A)` : arm);
-
-function table(headings, rows) {
-  const [first, ...others] = headings;
-  return h("table", { class: "figures" },
-    h("thead", {}, h("tr", {},
-      h("th", { scope: "col" }, first), others.map((each) => h("th", { scope: "col", class: "number" }, each)))),
-    h("tbody", {}, rows.map(([head, ...cells]) =>
-      h("tr", {}, h("th", { scope: "row" }, head), cells.map((cell) => h("td", { class: "number" }, cell))))));
-}

@@ -1,4 +1,5 @@
-// One variant's answer as a panel: who answered, the table of tokens with their bars, and what computing it took.
+// One variant's answer as a panel: who answered, the table of tokens with their bars, and what computing it took. Each
+// token is a button, which puts it behind the prompt.
 
 import { h } from "./dom.js";
 import { milliseconds, probability, significant, visible } from "./text.js";
@@ -19,7 +20,7 @@ export function panel(result) {
   );
 }
 
-function table({ softmax, sigmoid, top }, title) {
+function table({ softmax, sigmoid, top, chosen }, title) {
   return h("table", { class: "tokens", "aria-labelledby": title },
     h("thead", {}, h("tr", {},
       h("th", { scope: "col", class: "rank" }, h("span", { class: "aside" }, "Rank")),
@@ -32,6 +33,8 @@ function table({ softmax, sigmoid, top }, title) {
       sum("Entropy, bits", "entropy", softmax.entropy_bits.toFixed(2), sigmoid.entropy_bits.toFixed(2)),
     ),
     h("tbody", { class: "top" }, top.map(token)),
+    chosen.length > 0 && h("tbody", { class: "chosen" },
+      h("tr", {}, h("th", { scope: "rowgroup", colspan: 4 }, "Asked for")), chosen.map(token)),
   );
 }
 
@@ -41,10 +44,13 @@ function sum(label, name, softmax, sigmoid) {
 }
 
 function token(entry) {
-  const whole = `${JSON.stringify(entry.text)}, id ${entry.id}, logit ${entry.logit.toFixed(3)}`;
+  const text = JSON.stringify(entry.text);
+  const whole = `${text}, id ${entry.id}, logit ${entry.logit.toFixed(3)}; put it behind the prompt`;
+  const step = h("button", { type: "button", class: "step", value: entry.id, title: whole, "aria-label": text },
+    h("code", {}, visible(entry)));
   return h("tr", { "data-id": entry.id },
     h("td", { class: "rank" }, entry.rank),
-    h("th", { scope: "row", class: "token", title: whole }, h("code", {}, visible(entry))),
+    h("th", { scope: "row", class: "token" }, step),
     bar("softmax", entry.softmax),
     bar("sigmoid", entry.sigmoid),
   );
@@ -61,4 +67,31 @@ function bar(name, value) {
 // time of those before it, and would say that it is the slower.
 function inference(ms) {
   return h("p", { class: "timing" }, "inference ", h("data", { value: ms }, milliseconds(ms)), h("abbr", { title: "milliseconds" }, " ms"));
+}
+
+/** All panels as one chart of study-charts.js: the tokens that any of them lists, in the first one's order. */
+export function chartOf(results) {
+  const seen = new Map(results.flatMap(({ top, chosen }) => [...top, ...chosen]).map((entry) => [entry.id, entry]));
+  const name = (id) => visible(seen.get(id)).map((piece) => piece.textContent ?? piece).join("");
+  const lines = results.flatMap(({ model, top, chosen }) => {
+    const entries = [...new Map([...top, ...chosen].map((entry) => [entry.id, entry])).values()];
+    return ["softmax", "sigmoid"].map((kind) => ({
+      name: results.length > 1 ? `${model}, ${kind}` : kind,
+      x: entries.map(({ id }) => name(id)), y: entries.map((entry) => entry[kind]),
+    }));
+  });
+  return {
+    type: "chart", name: "answer", title: "The next token, side by side", x_label: "token", y_label: "probability", lines,
+    kind: "points", log_x: false, log_y: true, note: "",
+  };
+}
+
+/** All panels as one table, for who wants the figures. */
+export function tableOf(results) {
+  const columns = ["variant", "head", "asked for", "rank", "id", "text", "logit", "softmax", "sigmoid"];
+  const rows = results.flatMap(({ model, head, top, chosen }) =>
+    [[top, ""], [chosen, "yes"]].flatMap(([entries, why]) =>
+      entries.map(({ rank, id, text, logit, softmax, sigmoid }) =>
+        [model, head, why, rank, id, JSON.stringify(text), logit, softmax, sigmoid])));
+  return { columns, rows };
 }

@@ -1,17 +1,22 @@
-// The quality view: what each variant buys, as its manifest has it, and the bundles that were refused.
+// What is served, within the activations view: what each variant buys, as its manifest has it, and the bundles refused.
 
 import * as api from "./api.js";
-import { byId, complain, h } from "./dom.js";
+import { byId, h } from "./dom.js";
+import { readout } from "./readout.js";
 
 export async function show() {
-  try {
-    const { data, refused } = await api.models();
-    byId("quality-about").textContent = about(data.filter(({ quality }) => quality));
-    byId("quality").replaceChildren(table(data), ...(refused?.length ? refusals(refused) : []));
-    complain(byId("quality-error"));
-  } catch (error) {
-    complain(byId("quality-error"), error.message);
-  }
+  const { data, refused } = await api.models();
+  byId("quality-about").textContent = about(data.filter(({ quality }) => quality));
+  byId("quality").replaceChildren(
+    table(data),
+    readout({ name: "served", title: "what is served", table: () => figures(data), listed: false }),
+    ...(refused?.length ? refusals(refused) : []));
+}
+
+function figures(models) {
+  const columns = ["variant", "activation", "head", "precision", "parameters", "bits per byte", "ECE", "activation runs"];
+  return { columns, rows: models.map(({ id, activation, head, precision, parameters, quality, audit }) =>
+    [id, activation, head, precision, parameters, quality?.bits_per_byte ?? null, quality?.ece ?? null, audit.activation]) };
 }
 
 function about(measured) {
@@ -25,7 +30,7 @@ function about(measured) {
 function table(models) {
   const bits = ({ quality }) => quality?.bits_per_byte ?? Infinity;
   const sorted = [...models].sort((a, b) => (bits(a) === bits(b) ? 0 : bits(a) - bits(b)));
-  return h("table", { class: "quality", "aria-labelledby": "quality-title" },
+  return h("table", { class: "quality", "aria-labelledby": "served-title" },
     h("thead", {}, h("tr", {},
       h("th", { scope: "col" }, "Variant"),
       h("th", { scope: "col", class: "number" }, "Bits per byte"),
@@ -35,9 +40,9 @@ function table(models) {
   );
 }
 
-function row({ id, formula, head, precision, layers, dim, context, parameters, quality }) {
+function row({ id, formula, head, precision, layers, dim, context, parameters, quality, audit }) {
   const facts = [
-    `${head} head`, precision, `${parameters.toLocaleString("en")} parameters`,
+    `${head} head`, precision, { fused: "fused", inlined: "not fused", standard: "a standard operator" }[audit.activation], `${parameters.toLocaleString("en")} parameters`,
     `${layers} layers of ${dim}`, `context ${context}`,
   ];
   return h("tr", { "data-model": id },
@@ -52,7 +57,7 @@ function row({ id, formula, head, precision, layers, dim, context, parameters, q
 
 function refusals(refused) {
   return [
-    h("h3", {}, "Refused bundles"),
+    h("h4", {}, "Refused bundles"),
     h("dl", { class: "refused" }, refused.map(({ name, reason }) => [h("dt", {}, name), h("dd", {}, reason)])),
   ];
 }

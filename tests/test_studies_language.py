@@ -1,0 +1,371 @@
+"""Claim 6: its statistics by hand, its verdict on made figures, its trainings resumed, its direction on other seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import activations, train
+from models.corpus import Corpus
+from models.train import Progress, Recipe, Stopped, Variant
+from studies import document, language, language_runs, store
+from studies.language_runs import Plan, Run, Trainings, at_rate, read_run, run_file, train_run
+from studies.language_shown import order_table, smoothed
+from studies.language_sizes import NARANG, ORDER, SHAZEER, Size, judge
+from studies.ranking import Noise, differences, groups, holm, noise, rank_correlation
+
+RECIPE = Recipe(steps=24, batch=2, layers=1, dim=16, heads=1, context=16, vocab=300)
+OTHER_SEED = 7001  # of none that the study trains
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Two threads of products this small wait for one another, longer than they run on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def runs(*bits: float | None) -> list[Run]:
+    return [Run(each, 1.0, ((1, 3.0), (2, 2.0)), "" if each is not None else "it diverged") for each in bits]
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_noise_by_hand():
+    """Means 1.5 and 3.6, seeds 2 and 3.1: every residual is 0.05, one degree of freedom."""
+    found = noise({"a": [1.0, 2.0], "b": [3.0, 4.2]})
+    assert found.degrees == 1
+    assert found.sd == pytest.approx(math.sqrt(4 * 0.05**2))
+    assert found.of_difference == pytest.approx(found.sd)  # sqrt(2 / 2)
+
+
+def test_a_seed_that_is_harder_for_all_is_no_noise():
+    assert noise({"a": [1.0, 5.0, 3.0], "b": [2.0, 6.0, 4.0], "c": [0.5, 4.5, 2.5]}).sd == pytest.approx(0, abs=1e-12)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def test_an_interval_leaves_zero_out_where_the_difference_is_real_and_there_alone():
+    values = {"g": [1.0, 1.01, 0.99]} | {f"x{n}": [1 + n / 200, 1.004 + n / 200, 0.995 + n / 200] for n in range(8)}
+    known = Noise(0.012, 16, 3)
+    found = differences(values, [(name, "g") for name in values if name != "g"], known)
+    assert {each.real for each in found} == {True, False}
+    for each in found:
+        assert each.real == (each.low > 0 or each.high < 0), each
+
+
+def test_one_difference_is_students_t():
+    """df = 4, 95 %: t = 2.776."""
+    (found,) = differences({"a": [2.0] * 3, "b": [1.0] * 3}, [("a", "b")], Noise(0.3, 4, 3))
+    assert found.value - found.low == pytest.approx(2.776 * 0.3 * math.sqrt(2 / 3), rel=1e-3)
+
+
+def test_groups_are_of_the_first_and_what_does_not_differ_from_it():
+    """a and c differ, b from neither: b stands with a, and c begins a group."""
+    values = {"c": [1.06, 1.06], "a": [1.0, 1.0], "b": [1.03, 1.03], "d": [2.0, 2.0]}
+    assert groups(values, Noise(0.015, 30, 2)) == [["a", "b"], ["c"], ["d"]]
+    assert groups(values, Noise(10.0, 30, 2)) == [["a", "b", "c", "d"]]
+
+
+def test_one_seed_tells_nothing_apart():
+    known = noise({"a": [1.0], "b": [2.0]})
+    assert not known.known
+    (found,) = differences({"a": [1.0], "b": [2.0]}, [("b", "a")], known)
+    assert not found.real
+    assert found.text == "+1.0000"
+
+
+def test_rank_correlation_by_hand():
+    """One neighbouring pair changed of four: 1 - 6 * 2 / (4 * 15); of 24 orders 4 agree as well."""
+    ours = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "not in theirs": 0.0}
+    found = rank_correlation(ours, {"a": 10, "b": 20, "c": 40, "d": 30, "not in ours": 5}, error=1e-9)
+    assert found.value == pytest.approx(0.8)
+    assert (found.low, found.high) == pytest.approx((0.8, 0.8))
+    assert found.p == pytest.approx(4 / 24, abs=0.015)
+    assert set(found.names) == {"a", "b", "c", "d"}
+    wide = rank_correlation(ours, {"a": 10, "b": 20, "c": 40, "d": 30}, error=2.0)
+    assert wide.low < 0.5 < wide.high
+
+
+def test_published_tables_know_our_names_alone():
+    assert {*SHAZEER, *NARANG} <= set(activations.registry())
+    assert NARANG["sigmoid"][1] > NARANG["relu"][1]  # as the claim says
+
+
+# --- the verdict -----------------------------------------------------------------------------------------------------
+
+CLAIMED = {"sigmoid": 3.0, "relu": 2.5, "gelu": 2.4, "silu": 2.4, "reglu": 2.3, "geglu": 2.2, "swiglu": 2.2}
+
+
+def made(figures: dict[str, float], name: str = "made", jitter: float = 0.001) -> Size:
+    """Three seeds about these figures."""
+    return Size(
+        name,
+        {
+            each: runs(*(bits + jitter * ((at + n) % 3) for n in range(3)))
+            for at, (each, bits) in enumerate(figures.items())
+        },
+    )
+
+
+def test_the_verdict_follows_the_figures():
+    verdict, sentence = judge([made(CLAIMED), made(CLAIMED)])
+    assert verdict == "holds"
+    assert sentence.startswith("Shown at every size: sigmoid behind relu, relu behind gelu")
+    verdict, sentence = judge([made(CLAIMED), made(CLAIMED | {"geglu": 2.4, "swiglu": 2.6})])
+    assert verdict == "holds in part"
+    assert "not at every size: gelu behind geglu, silu behind swiglu" in sentence
+    level = CLAIMED | {"geglu": 2.4, "relu": 2.4, "silu": 2.6}
+    verdict, sentence = judge([made(level)])
+    assert "within noise: relu behind gelu, gelu behind geglu" in sentence
+    assert "the other way round: relu behind silu" in sentence
+    verdict, _ = judge([made(CLAIMED), made(CLAIMED | {"sigmoid": 2.5})])
+    assert verdict == "did not reproduce"
+
+
+def test_figures_say_which_way():
+    figures = made(CLAIMED | {"silu": 2.8, "reglu": 2.5}).figures()
+    assert [figure.agrees for figure in figures] == [True, True, False, False, True, True]
+    assert figures[2].measured.endswith(": ahead")
+    assert figures[3].measured.endswith(": within noise")
+    assert len(figures) == len(ORDER)
+
+
+def test_one_that_diverged_is_a_row_and_behind():
+    size = Size("made", {**made(CLAIMED).runs, "sigmoid": runs(3.0, None, 3.1)})
+    assert size.state(("sigmoid", "relu")) == "shown"
+    assert "sigmoid" not in size.values
+    assert order_table(size).rows[-1][:3] == [None, "sigmoid", "diverged"]
+    against = Size("made", {**made(CLAIMED).runs, "relu": runs(None, None, None)})
+    assert against.state(("sigmoid", "relu")) == "against"
+    assert judge([size, against])[0] == "did not reproduce"
+
+
+def test_one_seed_is_no_evidence():
+    verdict, sentence = judge([Size("made", {name: runs(bits) for name, bits in CLAIMED.items()})])
+    assert verdict == "did not reproduce"
+    assert sentence.startswith("One seed: the spread is not known")
+
+
+def test_a_curve_is_a_mean_over_seeds_and_stretches():
+    of = [Run(1.0, 1.0, tuple((step, step + shift) for step in range(4))) for shift in (0.0, 2.0)]
+    assert smoothed(of, points=2) == [(0.5, 1.5), (2.5, 3.5)]
+    assert smoothed(runs(None)) == []
+
+
+# --- trainings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The steps that are trained, in order."""
+    steps: list[int] = []
+    whole = train.windows
+
+    def counted(ids, recipe, seed, step):
+        steps.append(step)
+        return whole(ids, recipe, seed, step)
+
+    monkeypatch.setattr(train, "windows", counted)
+    return steps
+
+
+def test_what_is_stopped_goes_on_and_nothing_is_trained_twice(corpus, tmp_path, batches):
+    variant, asked = Variant("gelu", seed=3), []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) == 15
+
+    with pytest.raises(Stopped):
+        train_run(variant, RECIPE, corpus, tmp_path, lambda report: None, stop)
+    trainings = Trainings(corpus, tmp_path, 1, lambda what, share: None)
+    (run,) = trainings.get([(variant, RECIPE)])
+    assert batches == list(range(24))
+    assert [step for step, _ in run.curve] == [1, 11, 21, 24]
+    assert trainings.get([(variant, RECIPE)]) == [run]
+    assert len(batches) == 24
+    (whole,) = Trainings(corpus, tmp_path / "whole", 1, lambda what, share: None).get([(variant, RECIPE)])
+    assert (whole.bits_per_byte, whole.curve) == (run.bits_per_byte, run.curve)
+    assert not list((tmp_path / "unfinished").iterdir())
+
+
+def test_other_settings_are_another_run(corpus, tmp_path, monkeypatch):
+    path = run_file(Variant("gelu"), RECIPE, corpus, tmp_path)
+    others = [
+        run_file(Variant("gelu", seed=1), RECIPE, corpus, tmp_path),
+        run_file(Variant("gelu"), dataclasses.replace(RECIPE, matrix_lr=1e-3), corpus, tmp_path),
+        run_file(Variant("gelu"), RECIPE, Plan({}, (), 1, train_every=2).corpus(corpus), tmp_path),
+    ]
+    record = dataclasses.replace(activations.get("gelu"), expression=lambda x: x)
+    monkeypatch.setattr(activations, "registry", lambda: {"gelu": record})
+    others.append(run_file(Variant("gelu"), RECIPE, corpus, tmp_path))
+    assert len({path, *others}) == 5
+
+
+def test_ctrl_c_leaves_the_state(corpus, tmp_path, batches):
+    def interrupt(what: str, share: float) -> None:
+        assert 0 <= share <= 1
+        os.kill(os.getpid(), signal.SIGINT)
+
+    asked = [(Variant(name), RECIPE) for name in ("gelu", "relu")]
+    with pytest.raises(KeyboardInterrupt):
+        Trainings(corpus, tmp_path, 1, interrupt).get(asked)
+    assert len(batches) == 2  # the step that reported, and the one that asked
+    done = Trainings(corpus, tmp_path, 1, lambda what, share: None).get(asked)
+    assert len(done) == 2
+    assert sorted(batches) == sorted([*range(24), *range(24)])
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from models.corpus import Corpus
+from models.train import Recipe, Variant
+from studies.language_runs import Trainings
+if __name__ == "__main__":
+    recipe = Recipe(**{recipe})
+    corpus = Corpus.read([Path(sys.argv[1])], cache=Path(sys.argv[2]))
+    asked = [(Variant("gelu", seed=seed), recipe) for seed in range(40)]
+    Trainings(corpus, Path(sys.argv[3]), 1, lambda what, share: None).get(asked)
+"""
+
+
+def test_what_was_finished_before_a_kill_is_kept(corpus, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.replace("{recipe}", repr(dataclasses.asdict(RECIPE))))
+    command = [sys.executable, str(script), str(Path(json.__file__).parent), str(corpus.cache), str(tmp_path / "kept")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("kept/runs/*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("kept/runs/*.json")}
+    assert 0 < len(kept) < 40
+    asked = [(Variant("gelu", seed=seed), RECIPE) for seed in range(len(kept) + 1)]
+    assert len(Trainings(corpus, tmp_path / "kept", 1, lambda what, share: None).get(asked)) == len(kept) + 1
+    assert all((tmp_path / "kept" / "runs" / name).stat().st_mtime_ns == then for name, then in kept.items())
+
+
+def test_half_a_line_and_a_step_done_twice_do_no_harm(tmp_path):
+    file = tmp_path / "curve.jsonl"
+    file.write_text("[1, 3.5]\n[11, 3.0]\n[11, 3.0]\n[21, NaN]\n[24, 2.")
+    assert language_runs._curve(file) == {1: 3.5, 11: 3.0}
+
+
+def test_a_run_that_diverged_is_kept_as_that(corpus, tmp_path, batches):
+    wild = dataclasses.replace(RECIPE, matrix_lr=1e30, vector_lr=1e30, clip_norm=1e30)
+    trainings = Trainings(corpus, tmp_path, 1, lambda what, share: None)
+    (run,) = trainings.get([(Variant("relu2"), wild)])
+    assert run.bits_per_byte is None
+    assert "diverged" in run.diverged
+    assert run.last == math.inf
+    done = len(batches)
+    assert trainings.get([(Variant("relu2"), wild)]) == [run]
+    assert len(batches) == done
+
+
+def test_a_damaged_run_says_what_to_do(tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(language_runs.BadInput, match=r"run\.json cannot be read .* delete it"):
+        read_run(tmp_path / "run.json")
+
+
+def test_the_rate_falls_with_the_width():
+    plan = Plan({"small": RECIPE, "wide": dataclasses.replace(RECIPE, dim=64)}, (1e-3,), 1)
+    assert at_rate(plan, plan.sizes["small"], 4e-3).matrix_lr == 4e-3
+    assert at_rate(plan, plan.sizes["wide"], 4e-3).matrix_lr == 1e-3
+
+
+def test_the_rate_is_chosen_on_text_that_is_trained_on_and_a_seed_that_is_not_measured():
+    run = Run(9.9, 1.0, tuple((step, 5.0 - step) for step in range(1, 11)))
+    assert run.last == pytest.approx((5.0 - 9 + 5.0 - 10) / 2)  # the last fifth, not what is held out
+    for plan in (language.QUICK, language.FULL):
+        assert len(plan.sizes) >= 2
+        assert plan.seeds >= 3
+        assert language_runs.TUNING_SEED not in range(plan.first_seed, plan.first_seed + plan.seeds)
+
+
+# --- all together ----------------------------------------------------------------------------------------------------
+
+
+def test_a_finding_of_tiny_trainings(corpus, tmp_path):
+    """Four activations, two sizes, two seeds: figures, tables and charts fit together, and can be written and read."""
+    names = ["relu", "sigmoid", "gelu", "geglu"]
+    plan = Plan({"a": RECIPE, "b": dataclasses.replace(RECIPE, layers=2)}, (3e-3, 6e-3), 2, first_seed=OTHER_SEED)
+    shares: list[float] = []
+    trainings = Trainings(corpus, tmp_path, 1, lambda what, share: shares.append(share))
+    found = language.study(names, plan, trainings)
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
+    assert len(list((tmp_path / "runs").iterdir())) == 4 * 2 + 4 * 2 * 2
+    again = language.study(names, plan, trainings)
+    assert again == found
+    text = store.to_json(store.record(language.CLAIM, found, True, 2, 1.0, 24))
+    record = store.from_json(text)
+    assert "--quick --seeds 2 --steps 24" in document.page(record)
+    assert document.drawings(record)
+    bits = [
+        read_run(run_file(Variant("relu", seed=OTHER_SEED + n), recipe_of(plan, tmp_path, corpus, n), corpus, tmp_path))
+        for n in range(2)
+    ]
+    mean = record.finding.data["bits_per_byte"]["relu"]
+    assert mean["mean"] == pytest.approx(sum(run.bits_per_byte for run in bits) / 2, rel=1e-5)
+    assert mean["seeds"] == 2
+    assert record.finding.data["digests"] == {name: activations.get(name).digest for name in names}
+
+
+def recipe_of(plan: Plan, kept: Path, corpus: Corpus, n: int) -> Recipe:
+    """The size `a` at whichever rate was chosen."""
+    for rate in plan.rates:
+        recipe = dataclasses.replace(plan.sizes["a"], matrix_lr=rate)
+        if run_file(Variant("relu", seed=OTHER_SEED + n), recipe, corpus, kept).is_file():
+            return recipe
+    raise AssertionError("no run of relu")
+
+
+def test_reports_of_two_processes_carry_their_rate(corpus, tmp_path):
+    """Two workers: the bar tells trainings of one activation apart, and the runs are those of one worker."""
+    seen: set[str] = set()
+    asked = [(Variant("gelu"), dataclasses.replace(RECIPE, matrix_lr=rate)) for rate in (3e-3, 6e-3)]
+    trainings = Trainings(corpus, tmp_path / "two", 2, lambda what, share: seen.add(what.partition(":")[0]))
+    together = trainings.get(asked)
+    one = Trainings(corpus, tmp_path / "one", 1, lambda what, share: None).get(asked)
+    assert seen == {f"gelu, 1 x 16, rate {rate}, 24 steps" for rate in ("0.003", "0.006")}
+    assert [run.bits_per_byte for run in together] == pytest.approx([run.bits_per_byte for run in one], rel=1e-4)
+
+
+def test_sigmoid_is_behind_relu_and_relu_behind_what_the_claim_says_it_is(tmp_path_factory, tmp_path):
+    """The claim's first part, at the quick study's smaller size, from seeds that nobody picked."""
+    plan = dataclasses.replace(language.QUICK, seeds=2, rates=(6e-3,), first_seed=OTHER_SEED)
+    recipe = plan.sizes["1 x 64"]
+    corpus = plan.corpus(Corpus.read(cache=tmp_path_factory.getbasetemp() / "language"))
+    trainings = Trainings(corpus, tmp_path, 1, lambda what, share: None)
+    found = language_runs.train_plan(
+        ["sigmoid", "relu", "gelu"], dataclasses.replace(plan, sizes={"1 x 64": recipe}), trainings
+    )
+    size = Size("1 x 64", found.runs["1 x 64"])
+    assert size.means["sigmoid"] > size.means["relu"] + 0.05
+    assert size.state(("sigmoid", "relu")) == "shown"
+
+
+def test_progress_keeps_its_shape():
+    """train_run renames reports; a new field of Progress would be lost without this."""
+    assert [field.name for field in dataclasses.fields(Progress)] == ["name", "step", "loss", "bits_per_byte"]
