@@ -219,7 +219,7 @@ def conclude(settings: Sequence[Setting], runs: Sequence[Runs], snapshots: Snaps
     left = int((sigmoid[-1] < PLATEAU).sum())
     said = f"{left} of {len(seeds)}"
     said_near = f"{named(settings[near])}, {100 * distance(runs[near]):.0f} % off on average"
-    figures.append(Figure("of the settings tried, own the article", said_near))
+    figures.append(Figure("of the settings tried, nearest the article", said_near))
     figures.append(Figure("seeds whose sigmoid net has left the plateau by the end", said, "it stalls", left == 0))
     return Finding(
         verdict=verdict,
