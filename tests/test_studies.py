@@ -122,7 +122,7 @@ def test_the_file_has_the_promised_shape(record):
     fields = json.loads(store.to_json(record))
     assert list(fields) == [
         "schema", "claim", "verdict", "sentence", "figures", "settings", "tables", "charts", "data", "quick", "seeds",
-        "machine", "date", "versions", "seconds",
+        "machine", "date", "versions", "seconds", "steps",
     ]  # fmt: skip
     assert [chart["type"] for chart in fields["charts"]] == ["chart", "chart", "field"]
     assert fields["claim"]["number"] == 3

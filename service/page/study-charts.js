@@ -66,7 +66,7 @@ function lines(chart, element) {
   const data = chart.lines.flatMap((line, slot) => {
     if (off(chart).has(line.name)) return [];
     const paint = css(colour(line.name, slot));
-    return chart.kind === "lines" ? [...band(line, paint), curve(line, slot, paint)] : [marks(chart.kind, line, slot, paint, flat)];
+    return chart.kind === "lines" || line.dashed ? [...band(line, paint), curve(line, slot, paint)] : [marks(chart.kind, line, slot, paint, flat)];
   });
   const row = chart.kind === "bars" ? Math.max(ROW_PX, BAR_PX * (chart.lines.length + 1)) : ROW_PX;
   element.style.height = flat ? `${80 + row * namesOf(chart).length}px` : "";
