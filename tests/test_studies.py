@@ -232,7 +232,7 @@ def test_the_index_lists_what_is_there_by_number(record, tmp_path):
 
 
 def test_a_study_writes_its_record_page_drawings_and_index(made_up, tmp_path):
-    done = called(tmp_path, "zigzag", "--seeds", "7", "--quick", "--workers", "3", "--json")
+    done = called(tmp_path, "zigzag", "--seeds", "7", "--steps", "5", "--quick", "--workers", "3", "--json")
     assert done.exit_code == 0, done.output
     out = tmp_path / "out"
     drawn = {f"zigzag-{name}.svg" for name in ("all", "bars", "plane")}
@@ -240,7 +240,7 @@ def test_a_study_writes_its_record_page_drawings_and_index(made_up, tmp_path):
     kept = tmp_path / "kept" / "zigzag"
     assert {path.name for path in kept.iterdir()} == {name.replace("svg", "png") for name in drawn}
     ((_, options),) = made_up["options"]
-    assert (options.quick, options.seeds, options.workers, options.kept) == (True, 7, 3, kept)
+    assert (options.quick, options.seeds, options.steps, options.workers, options.kept) == (True, 7, 5, 3, kept)
     (printed,) = json.loads(done.stdout)
     assert printed == json.loads((out / "zigzag.json").read_text())
     assert "did not reproduce" in done.stderr  # of its first figure
@@ -259,7 +259,7 @@ def test_what_is_done_with_the_same_settings_is_not_run_again(made_up, tmp_path)
     assert ran(made_up) == ["slope", "cost", "slope"]
 
 
-@pytest.mark.parametrize("changed", [["--quick"], ["--seeds", "9"]])
+@pytest.mark.parametrize("changed", [["--quick"], ["--seeds", "9"], ["--steps", "9"]])
 def test_other_settings_run_it_again(made_up, tmp_path, changed):
     called(tmp_path, "slope")
     called(tmp_path, "slope", *changed)
@@ -346,6 +346,7 @@ def test_a_damaged_record_in_the_folder_is_refused_before_anything_runs(made_up,
         ([], "Missing argument"),
         (["slope", "--seeds", "0"], "0 is not in the range"),
         (["slope", "--seeds", "1001"], "1001 is not in the range"),
+        (["slope", "--steps", "0"], "0 is not in the range"),
         (["slope", "--workers", "0"], "0 is not in the range"),
         (["slope", "--seeds", "many"], "not a valid integer"),
     ],
