@@ -42,6 +42,7 @@ function listen(models) {
       h("input", { type: "checkbox", name: "model", value: id, "data-head": head }), h("span", {}, id))));
   byId("ask").addEventListener("input", ({ target }) => {
     if (target.id === "prompt") [typed, steps] = [target.value, []];
+    running?.abort(); // at once: its answer would write an older text over what is typed
     clearTimeout(pause);
     pause = setTimeout(run, target.type === "checkbox" ? 0 : PAUSE_MS);
   });
@@ -97,6 +98,7 @@ function back(count) {
 
 /** Ask what the controls say, and show the answer, with `notice` beside it. */
 async function run({ notice = "", push = false, focus = null } = {}) {
+  clearTimeout(pause);
   running?.abort();
   const mine = (running = new AbortController());
   const asked = { model: chosen(), prompt: typed, top_k: byId("top-k").valueAsNumber };
@@ -112,7 +114,7 @@ async function run({ notice = "", push = false, focus = null } = {}) {
     const wanted = readTokens(tokens);
     if (wanted.length) asked.tokens = wanted;
     byId("answer").setAttribute("aria-busy", "true");
-    const each = await addSteps(asked);
+    const each = await addSteps(asked, mine.signal);
     if (mine.signal.aborted) return;
     const sent = performance.now();
     const { results } = await api.nextToken(asked, mine.signal);
@@ -151,15 +153,20 @@ function readTokens(line) {
   }
 }
 
-/** Where steps were made, `asked.prompt` becomes ids, and the box shows the text they make. Returns each step's text. */
-async function addSteps(asked) {
+/** Where steps were made, `asked.prompt` becomes ids, and the box shows the text they make. Returns each step's text;
+    of a request that `signal` has ended, nothing. */
+async function addSteps(asked, signal) {
   if (!steps.length) return [];
   const tokenizers = new Set(asked.model.map((name) => variants.get(name).files["tokenizer.json"]));
   if (tokenizers.size > 1) {
     throw new Error("These variants cut text into different tokens, so no token can be put behind the prompt of all: " +
       "choose variants that share a tokenizer, or type what comes next.");
   }
-  const { ids, text, each } = await stepping.grown(typed, steps, asked.model[0]);
+  const { ids, text, each } = await stepping.grown(typed, steps, asked.model[0]).catch((error) => {
+    if (!error.param?.startsWith("tokens")) throw error;
+    throw new Error(`The steps behind the prompt: ${error.message}`); // not of the box "Tokens asked for"
+  });
+  if (signal.aborted) return [];
   asked.prompt = ids;
   byId("prompt").value = text;
   return each;
