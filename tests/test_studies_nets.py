@@ -29,7 +29,7 @@ from studies.small_gpt import (
     within,
     within_frequency,
 )
-from studies.small_nets import Setting, Trained, logits, start, train
+from studies.small_nets import Setting, Trained, logits, one_thread, start, train
 from studies.spread import percent, shown, spread_of
 from studies.study import Chart, Options
 
@@ -37,10 +37,19 @@ SEEDS = (101, 102, 103)  # the studies take 0, 1, 2, ...
 RECIPE = Recipe(steps=60, batch=4, layers=1, dim=32, heads=2, context=32, vocab=300)
 
 
-@pytest.fixture
-def options(tmp_path):
-    (tmp_path / "study").mkdir()
-    return Options(quick=True, seeds=None, kept=tmp_path / "study", workers=1, report=lambda doing, share: None)
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Nets of 32 channels are ten times slower on two threads of a busy machine than on one."""
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """One folder for all: what one test trained, another only measures."""
+    kept = tmp_path_factory.mktemp("studies") / "study"
+    kept.mkdir()
+    return Options(quick=True, seeds=None, kept=kept, workers=1, report=lambda doing, share: None)
 
 
 def test_calibration_error_by_hand():
@@ -336,14 +345,14 @@ def test_workers_measure_what_one_process_does(corpus, tmp_path):
     assert reports[-1] == pytest.approx(1.0)
 
 
-def trained(job: Job, corpus, folder) -> ActuaryGPT:
-    return small_gpt.train(job, RECIPE, corpus, folder, lambda share: None)
+def trained(job: Job, corpus, options: Options) -> ActuaryGPT:
+    return small_gpt.train(job, RECIPE, corpus, options.kept.parent / small_gpt.SHARED, lambda share: None)
 
 
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
-def test_the_heads_measures_are_those_of_training(corpus, tmp_path, objective):
+def test_the_heads_measures_are_those_of_training(corpus, options, objective):
     """Bits, mass and ECE of models/quality.py, on the same tokens."""
-    model = trained(Job(objective=objective, seed=101), corpus, tmp_path)
+    model = trained(Job(objective=objective, seed=101), corpus, options)
     ids = corpus.ids(300)
     with torch.inference_mode():
         ours = head.measure(model, ids, 10**6)  # every whole window
@@ -357,10 +366,10 @@ def test_the_heads_measures_are_those_of_training(corpus, tmp_path, objective):
     assert ece_of(np.array(ours["bins"][kind])) == pytest.approx(ece, abs=2e-3)  # a value at a bin's edge may change it
 
 
-def test_no_bias_stays_none(corpus, tmp_path):
-    model = trained(Job(bias=False, seed=101), corpus, tmp_path)
+def test_no_bias_stays_none(corpus, options):
+    model = trained(Job(bias=False, seed=101), corpus, options)
     assert not model.head_bias.any()
-    assert trained(Job(seed=101), corpus, tmp_path).head_bias.all()
+    assert trained(Job(seed=101), corpus, options).head_bias.all()
 
 
 def test_the_untrained_mass_is_half_the_vocabulary():
@@ -428,9 +437,9 @@ def test_gates_are_trained_exported_served_and_asked(corpus, options):
     assert finding.settings["seeds"] == list(SEEDS[:1])
 
 
-def test_a_service_that_answers_other_sigmoids_is_seen(corpus, tmp_path):
+def test_a_service_that_answers_other_sigmoids_is_seen(corpus, options):
     """Each 0.001 more than torch's."""
-    model = trained(Job(objective="within", seed=101), corpus, tmp_path)
+    model = trained(Job(objective="within", seed=101), corpus, options)
     texts = held_out_windows(corpus.ids(300), 16, 64, AHEAD)
 
     def answer(more: float):
