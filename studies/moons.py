@@ -202,11 +202,13 @@ def conclude(settings: Sequence[Setting], runs: Sequence[Runs], snapshots: Snaps
     near = min(range(len(runs)), key=lambda at: distance(runs[at]))
     ends = {hidden: (spread_of(own[hidden].loss[-1]), spread_of(own[hidden].accuracy[-1])) for hidden in HIDDEN}
     end = settings[0].epochs
+    said_missed = f"Of the article's figures these did not reproduce: {', '.join(missed)}. " if missed else ""
+    if len(missed) == len(figures):
+        said_missed = "None of the article's figures reproduced to 0.01. "
     sentence = (
         f"With {settings[0].optimizer_name} sigmoid's loss is {spread_of(sigmoid[middle]).text()} at epoch {middle} "
         f"and {ends['sigmoid'][0].text()} at {end}, its accuracy {percent(ends['sigmoid'][1].median)}; ReLU's are "
-        f"{ends['relu'][0].text()} and {percent(ends['relu'][1].median)}. "
-        + (f"Of the article's figures these did not reproduce: {', '.join(missed)}. " if missed else "")
+        f"{ends['relu'][0].text()} and {percent(ends['relu'][1].median)}. " + said_missed
     )
     sentence += (
         f"The plateau depends on the rate: with {' and '.join(leaves)} sigmoid leaves it within {settings[0].epochs} "

@@ -137,6 +137,8 @@ def test_moons_direction_and_verdict(options):
     figures = {figure.what: figure for figure in finding.figures}
     assert figures["sigmoid's accuracy"].agrees is False  # 87 %, not 79
     assert "Adam 0.01" in finding.sentence  # leaves the plateau
+    missed = [figure.what for figure in finding.figures[: len(moons.PUBLISHED)] if figure.agrees is False]
+    assert "None of the article's" in finding.sentence or all(what in finding.sentence for what in missed)
     curves = {line.name: line for line in finding.charts[0].lines}
     for at in (40, 80):  # every tenth epoch is kept
         assert curves["sigmoid"].low[at] > curves["ReLU"].high[at]
