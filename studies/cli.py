@@ -78,7 +78,11 @@ def study(
                 console.print(said, highlight=False, soft_wrap=True)
                 record = old
             else:
+                if old is not None and quick and not old.quick:
+                    said = f"{name}: the full run of {old.date} in {out} is replaced by a quick one; --out keeps it"
+                    console.print(said, highlight=False, soft_wrap=True)
                 record = _run(name, quick, seeds, steps, kept, workers or cores())
+            document.keep(out, kept / name, record, old)
         except KeyboardInterrupt:
             rest = f"{len(records)} of {len(asked)} done are kept in {out}; the same command goes on"
             raise ActuaryError(f"stopped in {name}; {rest}") from None
@@ -89,7 +93,6 @@ def study(
             if len(asked) > 1:
                 console.print(f"[red]{name} failed:[/] {escape(_in_a_line(error))}", soft_wrap=True)
             continue
-        document.keep(out, kept / name, record, old)
         records.append(record)
         _show(record)
     if as_json:
@@ -108,12 +111,16 @@ def _in_a_line(error: Exception) -> str:
 
 
 def _same(record: Record, name: str, quick: bool, seeds: int | None, steps: int | None) -> bool:
-    """Whether that is what a run would be again: of the claim as it stands, so asked for, on this machine."""
+    """Whether that is what a run would be again: of the claim and the formulas as they stand, so asked for, here."""
+    from models.activations import registry
     from studies.catalogue import claim
     from studies.store import machine
 
     asked = (claim(name), quick, seeds, steps, machine())
-    return (record.claim, record.quick, record.seeds, record.steps, record.machine) == asked
+    if (record.claim, record.quick, record.seeds, record.steps, record.machine) != asked:
+        return False
+    now = {each: activation.digest for each, activation in registry().items()}
+    return all(now.get(each) == digest for each, digest in record.finding.data.get("digests", {}).items())
 
 
 def _run(name: str, quick: bool, seeds: int | None, steps: int | None, kept: Path, workers: int) -> Record:

@@ -46,7 +46,7 @@ def page(record: Record) -> str:
     parts.append("## Settings\n\n" + "\n".join(_settings(finding.settings)))
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     parts.append(
-        f"{record.date}, {record.machine}; {versions}; {record.seconds:g} s. The numbers are in "
+        f"{record.date}, {record.machine}; {versions}; {record.seconds:g} s beside what was kept. The numbers are in "
         f"[{claim.name}.json]({claim.name}.json). To repeat: `{command}`. [All studies]({INDEX})"
     )
     return "\n\n".join(part for part in parts if part) + "\n"

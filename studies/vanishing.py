@@ -54,6 +54,8 @@ class Spread:
         return Spread(float(middle), float(low), float(high))
 
     def __str__(self) -> str:
+        if self.low == self.high:  # one seed
+            return f"{self.median:.3g}"
         return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
 
 

@@ -196,6 +196,9 @@ def test_next_token_by_keyboard(page: WebDriver, url: str) -> None:
     tab_to(page, "#answer-readout summary")
     press(page, Keys.ENTER)
     until(page, lambda: len(all_of(page, "#answer-readout tbody tr")) == 7)
+    tab_to(page, "#top-k", back=True)
+    press(page, Keys.ARROW_UP)
+    until(page, lambda: len(all_of(page, "#answer-readout tbody tr")) == 8)  # the open table follows
 
 
 def test_activations_by_keyboard(page: WebDriver, url: str) -> None:
@@ -371,6 +374,26 @@ def test_what_is_typed_after_steps_is_text_again(page: WebDriver, url: str) -> N
     until(page, lambda: hash_fields(page) and hash_fields(page)["prompt"] == [f"{whole}!"])
     until(page, lambda: not page.find_element(By.ID, "trail").is_displayed())
     assert "steps" not in hash_fields(page)
+
+
+def test_variants_of_different_tokenizers_take_no_step_together(page: WebDriver, url: str) -> None:
+    other = """const real = window.fetch;
+        window.fetch = async (path, options) => {
+          const answer = await real(path, options);
+          if (path !== '/v1/models') return answer;
+          const body = await answer.json();
+          body.data.find(({ id }) => id === 'swiglu').files['tokenizer.json'] = 'another';
+          return new Response(JSON.stringify(body));
+        };"""
+    script = page.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": other})
+    try:
+        open_place(page, url, "next-token?prompt=if x&models=gelu,swiglu")
+        all_of(page, ".step")[0].send_keys(Keys.ENTER)
+        until(page, lambda: "share a tokenizer" in page.find_element(By.ID, "ask-error").text)
+        page.find_element(By.CSS_SELECTOR, "#variants input[value=swiglu]").send_keys(Keys.SPACE)
+        until(page, lambda: all_of(page, "#trail li") and not page.find_element(By.ID, "ask-error").is_displayed())
+    finally:
+        page.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
 
 
 def test_tokens_asked_for_have_the_api_s_ranks_and_a_wrong_one_is_said(page: WebDriver, url: str) -> None:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actuary import ActuaryError, BadInput
+from models.activations import get
 from studies import catalogue, document, drawing, store
 from studies.cli import study
 from studies.study import Chart, Claim, Field, Figure, Finding, Line, Table, of_few, verdict_of
@@ -262,8 +263,19 @@ def test_what_is_done_with_the_same_settings_is_not_run_again(made_up, tmp_path)
 @pytest.mark.parametrize("changed", [["--quick"], ["--seeds", "9"], ["--steps", "9"]])
 def test_other_settings_run_it_again(made_up, tmp_path, changed):
     called(tmp_path, "slope")
-    called(tmp_path, "slope", *changed)
+    again = called(tmp_path, "slope", *changed)
     assert ran(made_up) == ["slope", "slope"]
+    assert ("is replaced by a quick one" in again.stderr) == (changed == ["--quick"])
+
+
+def test_what_was_measured_of_another_formula_is_run_again(made_up, tmp_path):
+    called(tmp_path, "slope")
+    path = tmp_path / "out" / "slope.json"
+    fields = json.loads(path.read_text())
+    for digests, times in (({"gelu": get("gelu").digest}, 1), ({"gelu": "0" * 12}, 2), ({"no_more": "0" * 12}, 3)):
+        path.write_text(json.dumps({**fields, "data": {"digests": digests}}))
+        called(tmp_path, "slope")
+        assert ran(made_up) == ["slope"] * times
 
 
 @pytest.mark.parametrize("field", ["machine", "claim"])
@@ -293,6 +305,17 @@ def test_all_goes_on_past_one_that_fails_and_names_it_at_the_end(made_up, tmp_pa
     made_up["options"].clear()
     assert called(tmp_path, "all").exit_code == 0
     assert ran(made_up) == ["zigzag", "head"]
+
+
+def test_a_number_that_cannot_be_kept_stops_no_other_study(made_up, tmp_path, monkeypatch):
+    broken = dataclasses.replace(finding_of(), data={"x": float("nan")})
+    whole = catalogue.study
+    module = types.SimpleNamespace(CLAIM=claim_of("zigzag"), run=lambda options: broken)
+    monkeypatch.setattr(catalogue, "study", lambda name: module if name == "zigzag" else whole(name))
+    done = called(tmp_path, "vanishing", "zigzag", "moons")
+    assert ran(made_up) == ["vanishing", "moons"]
+    assert str(done.exception).startswith("1 of 3 studies failed: zigzag: ")
+    assert not (tmp_path / "out" / "zigzag.json").exists()
 
 
 def test_a_package_that_one_study_lacks_is_named_with_the_remedy(made_up, tmp_path):

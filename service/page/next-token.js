@@ -5,7 +5,7 @@ import * as address from "./address.js";
 import * as api from "./api.js";
 import { byId, complain, h } from "./dom.js";
 import { chartOf, panel, tableOf } from "./panel.js";
-import { readout } from "./readout.js";
+import { readout, refresh } from "./readout.js";
 import * as stepping from "./steps.js";
 import * as charts from "./study-charts.js";
 import { milliseconds, visible } from "./text.js";
@@ -45,6 +45,12 @@ function listen(models) {
     clearTimeout(pause);
     pause = setTimeout(run, target.type === "checkbox" ? 0 : PAUSE_MS);
   });
+  byId("answer-readout").append(
+    readout({ name: "next-token", title: "the answer", table: () => tableOf(answered.results) }));
+  byId("answer-plot-readout").append(readout({
+    name: "next-token-chart", title: "the answer, side by side", legend: true, plot: () => byId("answer-plot"),
+    table: () => charts.tableOf(chartOf(answered.results)),
+  }));
   byId("side-by-side").addEventListener("toggle", sideBySide);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", sideBySide);
   byId("ask").addEventListener("submit", (event) => event.preventDefault());
@@ -118,9 +124,8 @@ async function run({ notice = "", push = false, focus = null } = {}) {
       `${results.length} ${results.length === 1 ? "variant" : "variants"}, one request: round trip `,
       h("b", { id: "round-trip" }, milliseconds(roundTrip)), " ms", notice && h("span", { id: "notice" }, notice));
     byId("curl").textContent = curl(asked);
-    byId("answer-readout").replaceChildren(
-      readout({ name: "next-token", title: "the answer", table: () => tableOf(results) }));
     sideBySide();
+    refresh(byId("view-next-token"));
     settle();
     focus?.()?.focus();
   } catch (error) {
@@ -135,8 +140,6 @@ function sideBySide() {
   const chart = chartOf(results), plot = byId("answer-plot");
   const draw = () => charts.draw(plot, chart).catch((error) => complain(byId("ask-error"), error.message));
   byId("answer-legend").replaceChildren(charts.legend(chart, draw));
-  byId("answer-plot-readout").replaceChildren(
-    readout({ name: "next-token-chart", title: chart.title, table: () => charts.tableOf(chart), plot: () => plot, legend: true }));
   draw();
 }
 

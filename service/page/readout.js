@@ -49,7 +49,12 @@ export function readout({ name, title, table, plot = null, listed = true, legend
   return line;
 }
 
-/** Made when it is opened, and anew each time: what is drawn may have changed. */
+/** Draw the open tables in `element` anew: what they are of has changed. */
+export function refresh(element) {
+  for (const details of element.querySelectorAll(".readout details[open]")) details.dispatchEvent(new Event("toggle"));
+}
+
+/** Made when it is opened, and anew each time. */
 function folded(title, table) {
   const inside = scrollable(`${title}, as a table`);
   const details = h("details", {}, h("summary", {}, "Table", h("span", { class: "aside" }, ` of ${title}`)), inside);
