@@ -34,7 +34,7 @@ from studies.small_nets import (
     train,
 )
 from studies.spread import Spread, line_of, percent, shown, spread_of
-from studies.study import Cell, Chart, Claim, Field, Figure, Finding, Line, Options, Table, Verdict
+from studies.study import Cell, Chart, Claim, Field, Figure, Finding, Line, Options, Table, Verdict, of_few
 
 CLAIM = Claim(
     number=4,
@@ -63,7 +63,7 @@ HALF, END = 400, 800  # the article's epochs
 
 @dataclass(frozen=True)
 class Published:
-    """A figure of the article. It agrees where it lies in the range of our seeds, or `within` of its ends."""
+    """A figure of the article. It agrees where our median is `within` of it; a range only grows with seeds."""
 
     what: str
     hidden: Hidden
@@ -77,6 +77,7 @@ PUBLISHED = (
     Published("sigmoid's loss at epoch 400", "sigmoid", "loss", HALF, 0.28, 0.01),
     Published("sigmoid's loss at epoch 800", "sigmoid", "loss", END, 0.28, 0.01),
     Published("sigmoid's accuracy", "sigmoid", "accuracy", END, 0.79, 0.01),
+    Published("ReLU's loss at epoch 400", "relu", "loss", HALF, 0.15, 0.01),
     Published("ReLU's loss at epoch 800", "relu", "loss", END, 0.03, 0.01),
     Published("ReLU's accuracy", "relu", "accuracy", END, 0.96, 0.01),
 )
@@ -180,8 +181,8 @@ def distance(of_setting: Runs) -> float:
 
 
 def conclude(settings: Sequence[Setting], runs: Sequence[Runs], snapshots: Snapshots, seeds: list[int]) -> Finding:
-    """The verdict, by rule: it holds where all figures agree and sigmoid stalls at every setting; in part where
-    sigmoid at least lags ReLU in every seed of the study's own setting; else it did not reproduce."""
+    """The verdict, by rule: it holds where all figures agree and sigmoid stalls at every setting, and in every seed of
+    the study's own; in part where sigmoid at least lags ReLU in every seed of that; else it did not reproduce."""
     own = runs[0]
     middle = min(HALF, settings[0].epochs)
     sigmoid, relu = (own[hidden].loss for hidden in HIDDEN)
@@ -189,23 +190,25 @@ def conclude(settings: Sequence[Setting], runs: Sequence[Runs], snapshots: Snaps
     points = moons([seed if settings[0].draw is None else settings[0].draw for seed in seeds], settings[0].noise)
     lags = bool((sigmoid[middle] > relu[middle]).all() and (sigmoid[-1] > relu[-1]).all())
     figures = [_figure(each, own) for each in PUBLISHED]
-    agree = [figure for figure in figures if figure.agrees]
+    missed = [figure.what for figure in figures if not figure.agrees]
     leaves = [
         setting.optimizer_name
         for setting, of_setting in zip(settings, runs, strict=True)
         if np.median(of_setting["sigmoid"].loss[-1]) < PLATEAU
     ]
-    holds = lags and len(agree) == len(figures) and not leaves
+    left = int((sigmoid[-1] < PLATEAU).sum())
+    holds = lags and not missed and not leaves and left == 0
     verdict: Verdict = "holds" if holds else "holds in part" if lags else "did not reproduce"
     near = min(range(len(runs)), key=lambda at: distance(runs[at]))
     ends = {hidden: (spread_of(own[hidden].loss[-1]), spread_of(own[hidden].accuracy[-1])) for hidden in HIDDEN}
     end = settings[0].epochs
-    missed = ", ".join(figure.what for figure in figures if not figure.agrees)
+    said_missed = f"Of the article's figures these did not reproduce: {', '.join(missed)}. " if missed else ""
+    if len(missed) == len(figures):
+        said_missed = "None of the article's figures reproduced to 0.01. "
     sentence = (
         f"With {settings[0].optimizer_name} sigmoid's loss is {spread_of(sigmoid[middle]).text()} at epoch {middle} "
         f"and {ends['sigmoid'][0].text()} at {end}, its accuracy {percent(ends['sigmoid'][1].median)}; ReLU's are "
-        f"{ends['relu'][0].text()} and {percent(ends['relu'][1].median)}. "
-        + (f"Of the article's figures these did not reproduce: {missed}. " if missed else "")
+        f"{ends['relu'][0].text()} and {percent(ends['relu'][1].median)}. " + said_missed
     )
     sentence += (
         f"The plateau depends on the rate: with {' and '.join(leaves)} sigmoid leaves it within {settings[0].epochs} "
@@ -213,10 +216,10 @@ def conclude(settings: Sequence[Setting], runs: Sequence[Runs], snapshots: Snaps
         if leaves
         else "At no setting tried did sigmoid leave the plateau."
     )
+    sentence += of_few(len(seeds))
     passes = [int(np.argmax(relu[:, at] < 0.15)) for at in range(len(seeds)) if (relu[:, at] < 0.15).any()]
     if passes:
-        figures.append(Figure("epoch at which ReLU's loss passes 0.15", spread_of(passes).text(), "before 800"))
-    left = int((sigmoid[-1] < PLATEAU).sum())
+        figures.append(Figure("epoch at which ReLU's loss passes 0.15", spread_of(passes).text()))
     said = f"{left} of {len(seeds)}"
     said_near = f"{named(settings[near])}, {100 * distance(runs[near]):.0f} % off on average"
     figures.append(Figure("of the settings tried, nearest the article", said_near))
@@ -251,7 +254,7 @@ def named(setting: Setting) -> str:
 
 def _figure(published: Published, own: Runs) -> Figure:
     measured = value(published, own)
-    agrees = measured.low - published.within <= published.value <= measured.high + published.within
+    agrees = abs(measured.median - published.value) <= published.within
     if published.kind == "loss":
         return Figure(published.what, measured.text(), f"about {published.value:g}", agrees)
     ends = f" ({percent(measured.low)} to {percent(measured.high)})" if measured.seeds > 1 else ""
@@ -274,7 +277,9 @@ def _table(settings: Sequence[Setting], runs: Sequence[Runs]) -> Table:
         ["optimizer, rate", "noise", *(each.what for each in PUBLISHED), "off on average"],
         rows,
         "Medians over seeds; the first row is the study's own. Off on average: the mean of the figures' relative "
-        "differences. The article says that sigmoid stalls by epoch 400, so its loss is held to 0.28 at both epochs.",
+        "differences. The article says that sigmoid stalls by epoch 400, so its loss is held to 0.28 at both epochs. "
+        "Where ReLU's is 0.15 it does not say; it is held to that at 400. A figure agrees where the median is within "
+        "0.01 of it.",
     )
 
 
