@@ -107,9 +107,20 @@ def measured() -> tuple[dict[str, Cost], Rates]:
     """One pass over a few activations, unfused."""
     before = torch.get_num_threads()
     said: list[float] = []
-    found = measure(records(), None, 1, 3, lambda what, share: said.append(share), wide=TINY)
+    threads: set[int] = set()
+
+    def report(what: str, share: float) -> None:
+        said.append(share)
+        threads.add(torch.get_num_threads())
+
+    torch.set_num_threads(3)
+    try:
+        found = measure(records(), None, 1, 3, report, wide=TINY)
+        assert threads == {cost_samples.THREADS}
+        assert torch.get_num_threads() == 3  # what runs after has its own
+    finally:
+        torch.set_num_threads(before)
     assert said == sorted(said)
-    torch.set_num_threads(before)
     return found
 
 
