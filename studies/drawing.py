@@ -83,7 +83,7 @@ def _chart(figure: Figure, axes: Axes, chart: Chart) -> None:
         axes.set_xticks([], minor=True)
     figure.draw_without_rendering()  # limits and sizes are known from here on
     if len(chart.lines) > 1 or chart.lines[0].name:
-        _name_lines(axes, chart.lines)
+        _name_lines(axes, chart.lines, chart.kind == "lines")
 
 
 def _line(axes: Axes, line: Line, index: int, chart: Chart) -> None:
@@ -100,7 +100,9 @@ def _line(axes: Axes, line: Line, index: int, chart: Chart) -> None:
     # A second round of colours is dotted.
     dash = "--" if line.dashed else (":" if index >= len(COLOURS) else "-")
     many = len(chart.lines) > len(COLOURS)
-    few: dict[str, Any] = {"marker": marker, "markersize": 4} if len(x) <= FEW and not many else {}
+    few: dict[str, Any] = (
+        {"marker": marker, "markersize": 4} if len(x) <= FEW and not many and chart.kind == "lines" else {}
+    )
     axes.plot(x, y, linestyle=dash, linewidth=1.2 if many else 1.7, **few, **style)
     if line.low is not None and line.high is not None:
         axes.fill_between(x, _numbers(line.low), _numbers(line.high), color=colour, alpha=0.18, linewidth=0)
@@ -110,9 +112,9 @@ def _numbers(values: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.floa
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
-def _name_lines(axes: Axes, lines: Sequence[Line]) -> None:
+def _name_lines(axes: Axes, lines: Sequence[Line], marked: bool) -> None:
     """Each name at the right, at the height of its line's end or as near to it as the others let it; where a line ends
-    before, its end is marked and named there."""
+    before, its end is named there, and marked where it is one of lines."""
     height_pt = axes.get_window_extent().height * 72 / axes.figure.dpi
     ends = []
     for index, line in enumerate(lines):
@@ -125,7 +127,8 @@ def _name_lines(axes: Axes, lines: Sequence[Line]) -> None:
         if across > EARLY:
             ends.append((float(np.clip(up, 0, 1)) * height_pt, index))
             continue
-        axes.plot(*end, marker="x", markersize=7, markeredgewidth=2, color=colour, zorder=4)
+        if marked:
+            axes.plot(*end, marker="x", markersize=7, markeredgewidth=2, color=colour, zorder=4)
         beside: Any = {"textcoords": "offset points", "va": "top", "color": colour}
         axes.annotate(line.name, xy=end, xytext=(8, -1), **beside)
     ends.sort()

@@ -18,10 +18,10 @@ FAMILIES = {
     "gated": ("Gated", ("relu", "glu", "bilinear", "reglu", "geglu", "swiglu")),
 }
 POINTS = 25  # of a curve
-# Of 300 simulated tables of 25 equal activations each, noise log-normal from one to the next (sigma 0.8), pairs and all.
+# Of 700 simulated tables of 25 equal activations, noise log-normal from one to the next (sigma 0.8).
 FEW_SEEDS = {
-    2: " Two seeds find too much: where noise is uneven, 11 to 15 % of tables hold a difference that is none, not 5 %.",
-    3: " Three seeds find a little too much: where noise is uneven, 6 to 9 % of tables hold a difference that is none.",
+    2: " Two seeds find too much: where noise is uneven, 10 to 15 % of tables hold a difference that is none, not 5 %.",
+    3: " Three seeds find a little too much: where noise is uneven, 5 to 9 % of tables hold a difference that is none.",
 }
 NEAREST = 15  # activations that the closer chart shows
 

@@ -20,12 +20,12 @@ from actuary import BadInput
 from models import activations, train
 from models.corpus import Corpus
 from models.train import Progress, Recipe, Stopped, Variant
-from studies import document, language, language_runs, store
+from studies import cli, document, language, language_runs, store
 from studies.language_runs import Plan, Run, Trained, Trainings, at_rate, read_run, run_file, train_run
 from studies.language_shown import at_edge, edge_sentence, order_table, smoothed, tuning_table
 from studies.language_sizes import NARANG, ORDER, SHAZEER, Size, judge
 from studies.ranking import Noise, differences, groups, holm, noise, rank_correlation
-from studies.study import Options
+from studies.study import Finding, Options
 
 RECIPE = Recipe(steps=24, batch=2, layers=1, dim=16, heads=1, context=16, vocab=300)
 OTHER_SEED = 7001  # of none that the study trains
@@ -378,6 +378,16 @@ def test_a_finding_of_tiny_trainings(corpus, tmp_path):
     assert mean["mean"] == pytest.approx(sum(run.bits_per_byte for run in bits) / 2, rel=1e-5)
     assert mean["seeds"] == 2
     assert record.finding.data["digests"] == {name: activations.get(name).digest for name in names}
+
+
+def test_other_steps_are_another_run():
+    """A record stands for what was asked: with other steps the study is run anew."""
+    size = made(CLAIMED)
+    found = Finding(*judge([size]), size.figures(), {})
+    record = store.record(language.CLAIM, found, True, 3, 1.0, 500)
+    asked = {"quick": True, "seeds": 3, "steps": 500}
+    assert cli._same(record, "language", **asked)
+    assert not any(cli._same(record, "language", **asked | other) for other in ({"steps": None}, {"steps": 60}))
 
 
 def recipe_of(plan: Plan, kept: Path, corpus: Corpus, n: int) -> Recipe:
