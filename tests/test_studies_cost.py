@@ -150,6 +150,16 @@ def test_a_finding_can_be_written_read_and_drawn(measured):
     assert "skipped: torch sees no CUDA device" in document.page(record)
     assert set(document.drawings(record)) == {f"cost-{name}.svg" for name in ("alone", "share", "roofline")}
     ns: Mapping = record.finding.data["ns"]
+    *_, roof = record.finding.charts
+    for line in roof.lines:
+        if line.dashed:
+            assert line.names is None
+            continue
+        assert sorted(line.names) == sorted(NAMES), line.name
+        for name, x, y in zip(line.names, line.x, line.y, strict=True):
+            if line.name != "blocks":
+                assert x == pytest.approx(intensity(get(name)), rel=1e-5)
+                assert y == pytest.approx(operations(get(name)) / ns[name]["alone"][line.name], rel=1e-4)
     assert ns["silu"]["alone"]["torch"] == pytest.approx(costs["silu"]["alone"]["torch"].median, rel=1e-5)
     assert set(ns["silu"]) == {"alone", "ffn", "model"}
     assert record.finding.data["digests"] == {name: get(name).digest for name in NAMES}
