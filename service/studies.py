@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NoReturn
@@ -52,6 +53,9 @@ class Study(_Record):
     charts: Annotated[Rows, Field(exclude=True)]
     settings: Annotated[dict[str, Any], Field(exclude=True)]
     data: Annotated[dict[str, Any], Field(exclude=True)]
+    machine: Annotated[str, Field(exclude=True)]
+    versions: Annotated[dict[str, str], Field(exclude=True)]
+    seconds: Annotated[float, Field(exclude=True)]
 
 
 class Damaged(Exception):
@@ -106,10 +110,15 @@ class Studies:
         try:
             if path.resolve() != path:
                 raise Damaged(f"{path.name} is a link that leads elsewhere")
-            if (size := path.stat().st_size) > LARGEST:
-                raise Damaged(f"{path.name} has {size} bytes; at most {LARGEST} are read")
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                raise Damaged(f"{path.name} is no file")
+            if status.st_size > LARGEST:
+                raise Damaged(f"{path.name} has {status.st_size} bytes; at most {LARGEST} are read")
             body = path.read_bytes()
-            study = Study.model_validate(json.loads(body, parse_constant=_refuse))
+            record = json.loads(body, parse_constant=_refuse)
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is JSON, and no text to be sent on
+            study = Study.model_validate(record)
         except FileNotFoundError:
             raise
         except ValidationError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,11 @@ def with_(**fields: Any) -> str:
         (with_(verdict="splendid"), "verdict: Input should be 'holds'"),
         (with_(settings={"rate": float("nan")}), "NaN"),
         (with_(figures=["x"]), "figures.0"),
+        (with_(sentence="half a pair: \ud800"), "surrogates not allowed"),
+        (with_(versions={"\udc00": 1}), "surrogates not allowed"),
+        (without("machine"), "machine: Field required"),
+        (with_(versions=None), "versions: Input should be a valid dictionary"),
+        (with_(seconds="long"), "seconds: Input should be a valid number"),
         (json.dumps(study(5, "other", "holds")), "holds the study 'other'"),
         (with_(sentence="x" * (4 << 20)), "bytes; at most"),
     ],
@@ -129,6 +136,18 @@ def test_a_link_out_of_the_folder_is_not_followed(client: TestClient, folder: Pa
         {"name": "secret", "reason": "secret.json is a link that leads elsewhere"}
     ]
     assert client.get("/v1/studies/secret").status_code == 404
+
+
+def test_what_is_no_file_is_not_waited_for(client: TestClient, folder: Path) -> None:
+    pipe = folder / "pipe.json"
+    os.mkfifo(pipe)
+    freed = threading.Timer(5, lambda: os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)))  # whoever waits after all
+    freed.start()
+    try:
+        assert client.get("/v1/studies").json()["damaged"] == [{"name": "pipe", "reason": "pipe.json is no file"}]
+        assert client.get("/v1/studies/pipe").status_code == 404
+    finally:
+        freed.cancel()
 
 
 def test_an_unknown_name_is_told_what_is_known(client: TestClient) -> None:

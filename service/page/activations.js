@@ -8,7 +8,7 @@ import * as charts from "./charts.js";
 import { byId, complain, h } from "./dom.js";
 import * as facts from "./facts.js";
 import * as quality from "./quality.js";
-import { readout, tableOf } from "./readout.js";
+import { readout, refresh, tableOf } from "./readout.js";
 
 const FRAME_MS = 12; // of drawing thumbnails before the browser may answer the person
 const LARGE = { y: ["plot-y", "Activations"], slope: ["plot-slope", "Slopes of activations"] };
@@ -57,6 +57,7 @@ function listen() {
   byId("sort").addEventListener("change", () => {
     order();
     write();
+    refresh(byId("activations-readout"));
   });
   for (const [field, [id, title]] of Object.entries(LARGE)) {
     byId(id).parentElement.append(readout({
@@ -135,6 +136,7 @@ async function draw() {
     element.setAttribute("style", slot >= 0 ? tint(element.dataset.name, slot) : "");
   }
   const names = shown.map(({ name }) => name).join(", ") || "none chosen";
+  refresh(byId("view-activations"));
   charts.described(byId("plot-y"), `Curves of ${names}`);
   charts.described(byId("plot-slope"), `Slopes of ${names}`);
   await Promise.all(Object.entries(LARGE).map(([field, [id]]) => charts.overlay(byId(id), shown, field)));

@@ -37,6 +37,10 @@ export function faint(colour, opacity) {
   return `rgba(${red}, ${green}, ${blue}, ${opacity})`;
 }
 
+/** A text as Plotly draws it letter by letter: of its own it takes <b> for markup and &lt; for <. Numbers as they are. */
+export const literal = (text) =>
+  (typeof text === "string" ? text.replaceAll("&", "&amp;").replaceAll("<", "&lt;") : text);
+
 /** Say to who cannot see it what a chart shows; its table, beside it, has the figures. */
 export function described(element, words) {
   element.setAttribute("role", "img");

@@ -5,7 +5,7 @@ import * as address from "./address.js";
 import * as api from "./api.js";
 import { byId, complain, h } from "./dom.js";
 import { chartOf, panel, tableOf } from "./panel.js";
-import { readout } from "./readout.js";
+import { readout, refresh } from "./readout.js";
 import * as stepping from "./steps.js";
 import * as charts from "./study-charts.js";
 import { milliseconds, visible } from "./text.js";
@@ -42,9 +42,16 @@ function listen(models) {
       h("input", { type: "checkbox", name: "model", value: id, "data-head": head }), h("span", {}, id))));
   byId("ask").addEventListener("input", ({ target }) => {
     if (target.id === "prompt") [typed, steps] = [target.value, []];
+    running?.abort(); // at once: its answer would write an older text over what is typed
     clearTimeout(pause);
     pause = setTimeout(run, target.type === "checkbox" ? 0 : PAUSE_MS);
   });
+  byId("answer-readout").append(
+    readout({ name: "next-token", title: "the answer", table: () => tableOf(answered.results) }));
+  byId("answer-plot-readout").append(readout({
+    name: "next-token-chart", title: "the answer, side by side", legend: true, plot: () => byId("answer-plot"),
+    table: () => charts.tableOf(chartOf(answered.results)),
+  }));
   byId("side-by-side").addEventListener("toggle", sideBySide);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", sideBySide);
   byId("ask").addEventListener("submit", (event) => event.preventDefault());
@@ -91,6 +98,7 @@ function back(count) {
 
 /** Ask what the controls say, and show the answer, with `notice` beside it. */
 async function run({ notice = "", push = false, focus = null } = {}) {
+  clearTimeout(pause);
   running?.abort();
   const mine = (running = new AbortController());
   const asked = { model: chosen(), prompt: typed, top_k: byId("top-k").valueAsNumber };
@@ -106,7 +114,7 @@ async function run({ notice = "", push = false, focus = null } = {}) {
     const wanted = readTokens(tokens);
     if (wanted.length) asked.tokens = wanted;
     byId("answer").setAttribute("aria-busy", "true");
-    const each = await addSteps(asked);
+    const each = await addSteps(asked, mine.signal);
     if (mine.signal.aborted) return;
     const sent = performance.now();
     const { results } = await api.nextToken(asked, mine.signal);
@@ -118,9 +126,8 @@ async function run({ notice = "", push = false, focus = null } = {}) {
       `${results.length} ${results.length === 1 ? "variant" : "variants"}, one request: round trip `,
       h("b", { id: "round-trip" }, milliseconds(roundTrip)), " ms", notice && h("span", { id: "notice" }, notice));
     byId("curl").textContent = curl(asked);
-    byId("answer-readout").replaceChildren(
-      readout({ name: "next-token", title: "the answer", table: () => tableOf(results) }));
     sideBySide();
+    refresh(byId("view-next-token"));
     settle();
     focus?.()?.focus();
   } catch (error) {
@@ -135,8 +142,6 @@ function sideBySide() {
   const chart = chartOf(results), plot = byId("answer-plot");
   const draw = () => charts.draw(plot, chart).catch((error) => complain(byId("ask-error"), error.message));
   byId("answer-legend").replaceChildren(charts.legend(chart, draw));
-  byId("answer-plot-readout").replaceChildren(
-    readout({ name: "next-token-chart", title: chart.title, table: () => charts.tableOf(chart), plot: () => plot, legend: true }));
   draw();
 }
 
@@ -148,15 +153,20 @@ function readTokens(line) {
   }
 }
 
-/** Where steps were made, `asked.prompt` becomes ids, and the box shows the text they make. Returns each step's text. */
-async function addSteps(asked) {
+/** Where steps were made, `asked.prompt` becomes ids, and the box shows the text they make. Returns each step's text;
+    of a request that `signal` has ended, nothing. */
+async function addSteps(asked, signal) {
   if (!steps.length) return [];
   const tokenizers = new Set(asked.model.map((name) => variants.get(name).files["tokenizer.json"]));
   if (tokenizers.size > 1) {
     throw new Error("These variants cut text into different tokens, so no token can be put behind the prompt of all: " +
       "choose variants that share a tokenizer, or type what comes next.");
   }
-  const { ids, text, each } = await stepping.grown(typed, steps, asked.model[0]);
+  const { ids, text, each } = await stepping.grown(typed, steps, asked.model[0]).catch((error) => {
+    if (!error.param?.startsWith("tokens")) throw error;
+    throw new Error(`The steps behind the prompt: ${error.message}`); // not of the box "Tokens asked for"
+  });
+  if (signal.aborted) return [];
   asked.prompt = ids;
   byId("prompt").value = text;
   return each;

@@ -1,6 +1,6 @@
 // What every chart offers besides itself: its numbers as a table, and both as files.
 
-import { css, plotly } from "./charts.js";
+import { css, literal, plotly } from "./charts.js";
 import { h } from "./dom.js";
 
 const SMALLEST_PX = 640; // width of a saved picture; a phone's chart would be cut
@@ -49,7 +49,12 @@ export function readout({ name, title, table, plot = null, listed = true, legend
   return line;
 }
 
-/** Made when it is opened, and anew each time: what is drawn may have changed. */
+/** Draw the open tables in `element` anew: what they are of has changed. */
+export function refresh(element) {
+  for (const details of element.querySelectorAll(".readout details[open]")) details.dispatchEvent(new Event("toggle"));
+}
+
+/** Made when it is opened, and anew each time. */
 function folded(title, table) {
   const inside = scrollable(`${title}, as a table`);
   const details = h("details", {}, h("summary", {}, "Table", h("span", { class: "aside" }, ` of ${title}`)), inside);
@@ -70,8 +75,12 @@ export function shown(cell) {
   return String(Number(cell.toPrecision(5))).replace("-", "−");
 }
 
-/** Lines {name, x, y, low, high} as one table: a row for each x, a column for each line, its spread beside it. */
-export function tableOf(heading, lines) {
+/**
+ * Lines {name, x, y, low, high} as one table: a row for each x, a column for each line, its spread beside it. Where a line
+ * has several points at one x, a row for each point, and the values under `label`.
+ */
+export function tableOf(heading, lines, label = "y") {
+  if (lines.some(({ x }) => new Set(x).size < x.length)) return pointsOf(heading, lines, label);
   const xs = [...new Set(lines.flatMap(({ x }) => x))];
   if (xs.every((x) => typeof x === "number")) xs.sort((a, b) => a - b);
   const columns = [heading], places = [];
@@ -84,6 +93,13 @@ export function tableOf(heading, lines) {
     }
   }
   return { columns, rows: xs.map((x) => [x, ...places.map((place) => place(x))]) };
+}
+
+function pointsOf(heading, lines, label) {
+  const spreads = ["low", "high"].filter((each) => lines.some((line) => line[each]));
+  const rows = lines.flatMap((line) =>
+    line.x.map((x, at) => [line.name, x, line.y[at], ...spreads.map((each) => line[each]?.[at] ?? null)]));
+  return { columns: ["line", heading, label, ...spreads], rows };
 }
 
 function csv({ columns, rows }) {
@@ -108,7 +124,7 @@ async function picture(plot, format, { name, title, legend }) {
     layout: {
       ...layout, paper_bgcolor: css("--paper"), plot_bgcolor: css("--paper"), showlegend: legend,
       legend: { orientation: "h", x: 0, y: 0, yanchor: "bottom", yref: "container", font },
-      title: { text: title, x: 0.02, xanchor: "left", y: 1 - 24 / height, yanchor: "middle", font: { ...font, size: 16 } },
+      title: { text: literal(title), x: 0.02, xanchor: "left", y: 1 - 24 / height, yanchor: "middle", font: { ...font, size: 16 } },
       margin: { ...margin, t: (margin.t ?? 0) + HEADING_PX, b: (margin.b ?? 0) + foot },
     },
   };

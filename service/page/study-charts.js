@@ -1,6 +1,6 @@
 // Charts as a study describes them: lines, points or bars with their spread, and fields of colour with points over them.
 
-import { axis, colour, config, css, DASHES, described, faint, HUES, plotly, shell } from "./charts.js";
+import { axis, colour, config, css, DASHES, described, faint, HUES, literal, plotly, shell } from "./charts.js";
 import { h } from "./dom.js";
 import * as readout from "./readout.js";
 
@@ -43,7 +43,7 @@ export function tableOf(chart) {
     const rows = chart.y.map((y, row) => [y, ...chart.z[row]]);
     return { columns: ["y \\ x", ...chart.x.map((x) => readout.shown(x))], rows };
   }
-  return readout.tableOf(chart.x_label || "x", chart.lines);
+  return readout.tableOf(chart.x_label || "x", chart.lines, chart.y_label || "y");
 }
 
 /** `chart` of a study's JSON into `element`. */
@@ -69,6 +69,7 @@ function lines(chart, element) {
   const data = chart.lines.flatMap((line, slot) => {
     if (off(chart).has(line.name)) return [];
     const paint = css(colour(line.name, slot));
+    line = { ...line, name: literal(line.name), x: line.x.map(literal) };
     if (chart.kind === "lines") return [...band(line, paint), curve(line, slot, paint)];
     if (chart.kind === "points" && line.dashed) return [curve(line, slot, paint)]; // a bound that the points lie under
     return [marks(drawnAs(chart), line, slot, paint, flat)];
@@ -77,7 +78,7 @@ function lines(chart, element) {
   element.style.height = flat ? `${80 + row * namesOf(chart).length}px` : "";
   const all = (field) => chart.lines.flatMap((line) => line[field] ?? []);
   const x = axisOf(chart.x_label, chart.log_x, all("x")), y = axisOf(chart.y_label, chart.log_y, ["y", "low", "high"].flatMap(all));
-  const names = isText(chart) ? { type: "category", categoryorder: "array", categoryarray: namesOf(chart) } : {};
+  const names = isText(chart) ? { type: "category", categoryorder: "array", categoryarray: namesOf(chart).map(literal) } : {};
   return {
     data,
     layout: {
@@ -90,7 +91,7 @@ function lines(chart, element) {
 }
 
 function axisOf(label, log = false, values = []) {
-  const title = { text: label, font: { color: css("--muted"), size: 12 }, standoff: 8 };
+  const title = { text: literal(label), font: { color: css("--muted"), size: 12 }, standoff: 8 };
   const sizes = values.filter((value) => value > 0);
   // Over a hundredfold range powers of ten alone say enough, and of many not all; below, 2 and 5 too. More would crowd.
   const decades = Math.log10(Math.max(...sizes) / Math.min(...sizes));
@@ -156,7 +157,7 @@ export function field({ x, y, z, points }) {
   }
   for (const [slot, [name, [xs, ys]]] of Object.entries(points ?? {}).entries()) {
     data.push({
-      type: "scatter", mode: "markers", name, x: xs, y: ys, hovertemplate: `${name}<extra></extra>`,
+      type: "scatter", mode: "markers", name: literal(name), x: xs, y: ys, hovertemplate: `${literal(name)}<extra></extra>`,
       marker: {
         symbol: FIELD_SYMBOLS[slot % FIELD_SYMBOLS.length], size: 6, color: css(slot % 2 ? "--hue-2" : "--hue-5"),
         line: { color: css("--raised"), width: 0.8 },

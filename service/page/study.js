@@ -1,6 +1,6 @@
 // One study: what is claimed and by whom, the verdict, its figures beside the article's, tables and charts.
 
-import { byId, h } from "./dom.js";
+import { byId, complain, h } from "./dom.js";
 import * as charts from "./study-charts.js";
 import * as moons from "./moons.js";
 import { figures, readout, scrollable, shown } from "./readout.js";
@@ -44,20 +44,21 @@ export async function draw(found, { epoch, changed }) {
     ].map(([term, words]) => [h("dt", {}, term), h("dd", {}, words.replace(/^[a-z](?=[a-z]*[ ,])/, (first) => first.toUpperCase()))])),
     beside(found),
     live?.element,
-    found.charts.length > 0 && h("div", { class: "gallery" }, found.charts.map((chart) => exhibit(claim.name, chart))),
+    found.charts.length > 0 && h("div", { class: "gallery" }, found.charts.map((chart) => exhibited(claim.name, chart))),
     found.tables.map((table) => listed(claim.name, table)),
     circumstances(found),
   ].flat().filter(Boolean));
   await paint();
 }
 
-/** Every chart, in the colours of now. */
+/** Every chart, in the colours of now. One that cannot be drawn is said; text and figures need none. */
 async function paint() {
   const found = last;
-  await live?.paint();
+  const failed = (error) => found === last && complain(byId("studies-error"), error.message);
+  await live?.paint().catch(failed);
   for (const chart of found.charts) {
     if (found !== last) return;
-    await charts.draw(byId(`chart-${chart.name}`), chart);
+    await charts.draw(byId(`chart-${chart.name}`), chart).catch(failed);
   }
 }
 
@@ -74,6 +75,14 @@ function beside({ claim, figures: found }) {
   return h("section", { class: "beside" },
     h("h4", {}, title), scrollable(title, [table]),
     readout({ name: `${claim.name}-figures`, title, table: () => ({ columns, rows }), listed: false }));
+}
+
+function exhibited(name, chart) {
+  try {
+    return exhibit(name, chart);
+  } catch (error) {
+    return h("p", { class: "error", role: "alert" }, `The chart “${chart.title}” is damaged: ${error.message}`);
+  }
 }
 
 function exhibit(name, chart) {
