@@ -129,7 +129,7 @@ function marks(kind, { name, x, y, low, high, names }, slot, paint, flat) {
   };
   const trace = {
     type: kind === "bars" ? "bar" : "scatter", mode: "markers", name,
-    customdata: names ?? undefined,
+    customdata: names?.map(literal),
     hovertemplate: `${name}${names ? ", %{customdata}" : ""}: ${flat ? "%{y}, %{x:.4g}" : "%{x}, %{y:.4g}"}<extra></extra>`,
     marker: { color: kind === "bars" ? faint(paint, 0.75) : paint, size: 9, symbol: SYMBOLS[slot % SYMBOLS.length] },
     ...(flat ? { x: y, y: x, orientation: "h", error_x: error || undefined } : { x, y, error_y: error || undefined }),
