@@ -28,6 +28,7 @@ from export.ops.gpu_measure import interleaved
 from export.ops.library import Library
 from models.activations import Activation
 from models.gpt import ActuaryConfig
+from studies.perceptron import one_thread
 from studies.roofline import Rates, measure_rates
 
 Where = Literal["alone", "ffn", "model", "alone wide", "ffn wide"]
@@ -84,16 +85,16 @@ def measure(
     work = [(record, where, case) for record in records.values() for where, case in cases(record, wide).items()]
     samples: dict[tuple[str, Where], dict[Way, list[float]]] = {}
     rates = Rates(0, 0, 0)
-    torch.set_num_threads(THREADS)
     rng = np.random.default_rng(0)
-    for nth in range(passes):
-        rates = rates.best(measure_rates(THREADS, rounds, 8 * MODEL["context"] * 4 * MODEL["dim"], CLOCK))
-        for done, at in enumerate(rng.permutation(len(work))):
-            record, where, case = work[at]
-            report(f"pass {nth + 1} of {passes}: {case.label}", (nth + done / len(work)) / passes)
-            of = samples.setdefault((record.name, where), {})
-            for way, values in bench.measure(record, case, library, THREADS, rounds, CLOCK).samples.items():
-                of.setdefault(way, []).extend(values)
+    with one_thread():  # THREADS, and those of before for what runs after
+        for nth in range(passes):
+            rates = rates.best(measure_rates(THREADS, rounds, 8 * MODEL["context"] * 4 * MODEL["dim"], CLOCK))
+            for done, at in enumerate(rng.permutation(len(work))):
+                record, where, case = work[at]
+                report(f"pass {nth + 1} of {passes}: {case.label}", (nth + done / len(work)) / passes)
+                of = samples.setdefault((record.name, where), {})
+                for way, values in bench.measure(record, case, library, THREADS, rounds, CLOCK).samples.items():
+                    of.setdefault(way, []).extend(values)
     costs: dict[str, Cost] = {name: {} for name in records}
     for (name, where), ways in samples.items():
         costs[name][where] = {way: Spread.of(values) for way, values in ways.items()}

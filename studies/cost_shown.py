@@ -127,21 +127,22 @@ def share_chart(costs: Mapping[str, Cost], places: Sequence[Where], small: float
 
 def roofline_chart(records: Mapping[str, Activation], costs: Mapping[str, Cost], rates: Rates) -> Chart:
     """Every activation alone, and blocks, under the machine's roofs."""
-    points: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    points: dict[str, list[tuple[float, float, str]]] = {way: [] for way in WAYS}
     for name, cost in costs.items():
         for way in WAYS:
             if way in cost["alone"]:
-                points[way].append((intensity(records[name]), operations(records[name]) / cost["alone"][way].median))
+                reached = operations(records[name]) / cost["alone"][way].median
+                points[way].append((intensity(records[name]), reached, name))
     C, rows = WIDE // EXPANSION, MODEL["context"]
     points["blocks"] = []
     for name, cost in costs.items():
         products = (3 if records[name].gated else 2) * 2 * C
         moved = 4 * (products / 2 / rows + 2 / EXPANSION)  # weights for each of the rows' elements, x in and y out
         whole = products + operations(records[name])
-        points["blocks"].append((whole / moved, whole / cost["ffn wide"][served(cost["ffn wide"])].median))
+        points["blocks"].append((whole / moved, whole / cost["ffn wide"][served(cost["ffn wide"])].median, name))
     lines = [
-        Line(name, [x for x, _ in found], [y for _, y in found])
-        for name, found in ((each, sorted(of)) for each, of in points.items())
+        Line(said, [x for x, *_ in found], [y for _, y, _ in found], names=[name for *_, name in found])
+        for said, found in ((each, sorted(of)) for each, of in points.items())
         if found
     ]
     ridges = (rates.gflop_per_s / rates.cache_gb_per_s, rates.gflop_per_s / rates.memory_gb_per_s)
@@ -153,7 +154,8 @@ def roofline_chart(records: Mapping[str, Activation], costs: Mapping[str, Cost],
         "roofline", "Under this machine's roof", "operations per byte", "GFLOP/s", lines, kind="points",
         log_x=True, log_y=True,
         note="Each point is an activation alone, or a block of C = "
-        f"{C}; the roofs are what products and copies reach here.",
+        f"{C}; the roofs are what products and copies reach here. A name stands once: what else is of that activation, "
+        "alone, stands at the same operations per byte, and the table of the page names every point.",
     )  # fmt: skip
 
 

@@ -37,9 +37,12 @@ STYLE: Any = {
 }
 WIDTH, HEIGHT = 7.2, 4.0  # inches
 PNG_DPI = 144
+BESIDE: Any = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "frameon": False, "borderaxespad": 0}  # a legend
 FEW = 12  # places on a line that are marked one by one
 EARLY = 0.8  # of the axes' width: a line that ends before is named where it ends
 LABEL_PT = 10.5  # from one name to the next
+POINT_PT = 6.5  # a point's own name
+APART = 0.1  # of the axes' width: points that stand further apart are named in columns of their own
 UPRIGHT = 6  # bars; more, or longer names, lie on their side
 
 
@@ -82,7 +85,10 @@ def _chart(figure: Figure, axes: Axes, chart: Chart) -> None:
         axes.set_xticks(places, [f"{x:g}" for x in places])
         axes.set_xticks([], minor=True)
     figure.draw_without_rendering()  # limits and sizes are known from here on
-    if len(chart.lines) > 1 or chart.lines[0].name:
+    if any(line.names for line in chart.lines):
+        axes.legend(**BESIDE)
+        _name_points(axes, chart.lines)
+    elif len(chart.lines) > 1 or chart.lines[0].name:
         _name_lines(axes, chart.lines, chart.kind == "lines")
 
 
@@ -90,7 +96,7 @@ def _line(axes: Axes, line: Line, index: int, chart: Chart) -> None:
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
     x: Any = list(line.x)
     y = _numbers(line.y)
-    style: dict[str, Any] = {"color": colour, "zorder": 3}
+    style: dict[str, Any] = {"color": colour, "zorder": 3, "label": line.name}
     if chart.kind == "points" and not line.dashed:
         low, high = (_numbers(line.y if bound is None else bound) for bound in (line.low, line.high))
         reach = [np.maximum(0, y - low), np.maximum(0, high - y)]
@@ -141,6 +147,40 @@ def _name_lines(axes: Axes, lines: Sequence[Line], marked: bool) -> None:
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0,
                         "relpos": (0, 0.5)},
         )  # fmt: skip
+
+
+def _name_points(axes: Axes, lines: Sequence[Line]) -> None:
+    """Each point's own name, in a column right of the points that stand together; of points of one name the first
+    line's has it, and what stands above and below at the same x is the same."""
+    height_pt = axes.get_window_extent().height * 72 / axes.figure.dpi
+    points = [
+        (float(across), float(up), name, index)
+        for index, line in enumerate(lines)
+        for (across, up), name in zip(
+            axes.transAxes.inverted().transform(axes.transData.transform(np.column_stack([line.x, _numbers(line.y)]))),
+            line.names or (),
+            strict=False,
+        )
+        if np.isfinite(up)
+    ]
+    together: list[list[tuple[float, float, str, int]]] = []
+    for point in sorted(points):
+        if not together or point[0] - together[-1][-1][0] > APART:
+            together.append([])
+        together[-1].append(point)
+    for group in together:
+        column = max(across for across, *_ in group) + 0.03
+        first = {name: (across, up, index) for across, up, name, index in sorted(group, key=lambda each: -each[3])}
+        named = sorted(first.items(), key=lambda item: (item[1][1], item[0]))
+        places = spread([up * height_pt for _, (_, up, _) in named], POINT_PT + 1, height_pt)
+        for (name, (across, up, index)), place in zip(named, places, strict=True):
+            colour = COLOURS[index % len(COLOURS)]
+            axes.annotate(
+                name, xy=(across, up), xycoords="axes fraction", xytext=(column, place / height_pt),
+                textcoords="axes fraction", color=colour, va="center", fontsize=POINT_PT,
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2,
+                            "relpos": (0, 0.5)},
+            )  # fmt: skip
 
 
 def spread(wanted: Sequence[float], apart: float, height: float) -> list[float]:
@@ -197,7 +237,7 @@ def _bars(figure: Figure, axes: Axes, chart: Chart) -> None:
     if chart.log_y:
         (axes.set_xscale if lying else axes.set_yscale)("log")
     if len(chart.lines) > 1:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0)
+        axes.legend(**BESIDE)
 
 
 def _field(figure: Figure, axes: Axes, field: Field) -> None:

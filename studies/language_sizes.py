@@ -81,7 +81,8 @@ class Size:
                 measured += ": within noise" if state == "within noise" else ": ahead"
         else:
             measured = f"{' and '.join(each for each in pair if self.diverged[each])} diverged"
-        return Figure(f"{behind} over {ahead} at {self.name}, bits per byte", measured, published, state == "shown")
+        agrees = {"shown": True, "against": False}.get(state)  # within noise is evidence neither way
+        return Figure(f"{behind} over {ahead} at {self.name}, bits per byte", measured, published, agrees)
 
 
 def judge(sizes: Sequence[Size]) -> tuple[Verdict, str]:
@@ -102,7 +103,7 @@ def judge(sizes: Sequence[Size]) -> tuple[Verdict, str]:
     sentence = "; ".join(words)
     sentence = sentence[:1].upper() + sentence[1:] + "."
     if any(not size.noise.known for size in sizes):
-        sentence = "One seed: the spread is not known, and nothing can be told apart. " + sentence
+        sentence = "The spread is not known, and nothing can be told apart. " + sentence
     if set(states[ORDER[0]]) != {"shown"}:
         return "did not reproduce", sentence
     return ("holds" if len(said["shown at every size"]) == len(parts) else "holds in part"), sentence

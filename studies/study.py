@@ -82,7 +82,7 @@ class Table:
 class Line:
     """One series. `low` and `high` are its spread, as long as `y`; x may be names where the chart is bars.
 
-    A dashed one is a line among points too.
+    A dashed one is a line among points too. `names` says what each point is, where that is not told by its x.
     """
 
     name: str
@@ -91,6 +91,7 @@ class Line:
     low: Sequence[float | None] | None = None
     high: Sequence[float | None] | None = None
     dashed: bool = False
+    names: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -575,6 +575,25 @@ def test_every_chart_is_read_as_a_table_and_saved(page: WebDriver, url: str) -> 
     assert png.startswith(b"\x89PNG")
 
 
+def test_a_point_s_own_name_is_in_the_table_and_under_the_pointer(page: WebDriver, url: str) -> None:
+    open_place(page, url, "study")
+    table, said, hover = page.execute_async_script(
+        """const done = arguments[0];
+        const chart = { type: 'chart', name: 'n', title: 't', x_label: 'x', y_label: 'y', kind: 'points', lines: [
+          { name: 'fused', x: [1, 2], y: [3, 4], names: ['relu', 'silu'] },
+          { name: 'roof', x: [1], y: [5], names: null, dashed: true }] };
+        const plot = document.getElementById('study').appendChild(document.createElement('div'));
+        import('/page/study-charts.js').then(async ({ draw, tableOf }) => {
+          await draw(plot, chart);
+          done([tableOf(chart), plot.data[0].customdata, plot.data[0].hovertemplate]);
+        });"""
+    )
+    assert table["columns"] == ["line", "point", "x", "y"]
+    assert table["rows"] == [["fused", "relu", 1, 3], ["fused", "silu", 2, 4], ["roof", None, 1, 5]]
+    assert said == ["relu", "silu"]
+    assert "%{customdata}" in hover
+
+
 def test_points_at_one_place_are_all_in_the_table(page: WebDriver, url: str) -> None:
     open_place(page, url, "studies")
     table = page.execute_async_script(

@@ -194,6 +194,17 @@ def test_charts_of_every_kind_are_drawn():
         ET.fromstring(drawing.draw(chart, "svg"))
 
 
+def test_a_point_s_own_name_stands_once_where_its_points_are():
+    """b twice at one x, and once far away, where another a is too; a point without a figure has no name."""
+    lines = [
+        Line("ours", [1.0, 1.0, 1.1], [1, 2, None], names=["a", "b", "c"]),
+        Line("theirs", [1.0, 100.0, 100.0], [3, 4, 5], names=["b", "b", "a"]),
+        Line("bound", [1.0, 100.0], [5, 5], dashed=True),
+    ]
+    svg = drawing.draw(Chart("n", "t", "over", "up", lines, kind="points", log_x=True), "svg").decode()
+    assert [svg.count(f">{name}<") for name in ("a", "b", "c", "ours", "theirs", "bound")] == [2, 2, 0, 1, 1, 1]
+
+
 @given(st.lists(st.floats(0, 100), max_size=9))
 def test_names_stand_apart_and_in_order(wanted):
     places = drawing.spread(sorted(wanted), 10, 300)

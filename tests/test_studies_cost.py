@@ -107,9 +107,20 @@ def measured() -> tuple[dict[str, Cost], Rates]:
     """One pass over a few activations, unfused."""
     before = torch.get_num_threads()
     said: list[float] = []
-    found = measure(records(), None, 1, 3, lambda what, share: said.append(share), wide=TINY)
+    threads: set[int] = set()
+
+    def report(what: str, share: float) -> None:
+        said.append(share)
+        threads.add(torch.get_num_threads())
+
+    torch.set_num_threads(3)
+    try:
+        found = measure(records(), None, 1, 3, report, wide=TINY)
+        assert threads == {cost_samples.THREADS}
+        assert torch.get_num_threads() == 3  # what runs after has its own
+    finally:
+        torch.set_num_threads(before)
     assert said == sorted(said)
-    torch.set_num_threads(before)
     return found
 
 
@@ -139,6 +150,16 @@ def test_a_finding_can_be_written_read_and_drawn(measured):
     assert "skipped: torch sees no CUDA device" in document.page(record)
     assert set(document.drawings(record)) == {f"cost-{name}.svg" for name in ("alone", "share", "roofline")}
     ns: Mapping = record.finding.data["ns"]
+    *_, roof = record.finding.charts
+    for line in roof.lines:
+        if line.dashed:
+            assert line.names is None
+            continue
+        assert sorted(line.names) == sorted(NAMES), line.name
+        for name, x, y in zip(line.names, line.x, line.y, strict=True):
+            if line.name != "blocks":
+                assert x == pytest.approx(intensity(get(name)), rel=1e-5)
+                assert y == pytest.approx(operations(get(name)) / ns[name]["alone"][line.name], rel=1e-4)
     assert ns["silu"]["alone"]["torch"] == pytest.approx(costs["silu"]["alone"]["torch"].median, rel=1e-5)
     assert set(ns["silu"]) == {"alone", "ffn", "model"}
     assert record.finding.data["digests"] == {name: get(name).digest for name in NAMES}

@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 import torch
 
+from actuary import BadInput
 from models import activations, train
 from models.corpus import Corpus
 from models.train import Progress, Recipe, Stopped, Variant
 from studies import cli, document, language, language_runs, store
-from studies.language_runs import Plan, Run, Trainings, at_rate, read_run, run_file, train_run
-from studies.language_shown import order_table, smoothed
+from studies.language_runs import Plan, Run, Trained, Trainings, at_rate, read_run, run_file, train_run
+from studies.language_shown import at_edge, edge_sentence, order_table, smoothed, tuning_table
 from studies.language_sizes import NARANG, ORDER, SHAZEER, Size, judge
 from studies.ranking import Noise, differences, groups, holm, noise, rank_correlation
-from studies.study import Finding
+from studies.study import Finding, Options
 
 RECIPE = Recipe(steps=24, batch=2, layers=1, dim=16, heads=1, context=16, vocab=300)
 OTHER_SEED = 7001  # of none that the study trains
@@ -172,7 +173,7 @@ def test_the_verdict_follows_the_figures():
 
 def test_figures_say_which_way():
     figures = made(CLAIMED | {"silu": 2.8, "reglu": 2.5}).figures()
-    assert [figure.agrees for figure in figures] == [True, True, False, False, True, True]
+    assert [figure.agrees for figure in figures] == [True, True, False, None, True, True]
     assert figures[2].measured.endswith(": ahead")
     assert figures[3].measured.endswith(": within noise")
     assert len(figures) == len(ORDER)
@@ -188,10 +189,24 @@ def test_one_that_diverged_is_a_row_and_behind():
     assert judge([size, against])[0] == "did not reproduce"
 
 
-def test_one_seed_is_no_evidence():
-    verdict, sentence = judge([Size("made", {name: runs(bits) for name, bits in CLAIMED.items()})])
-    assert verdict == "did not reproduce"
-    assert sentence.startswith("One seed: the spread is not known")
+def test_one_seed_is_refused(tmp_path):
+    """Nothing could be told apart, so no verdict could be given."""
+    with pytest.raises(BadInput, match=r"--seeds 1: .* at least 2"):
+        language.run(Options(True, 1, tmp_path, 1, lambda what, share: None))
+    assert not list(tmp_path.iterdir())
+
+
+def test_rates_that_the_grid_does_not_bracket_are_said():
+    tuned = {name: {3e-3: 2.0, 6e-3: 1.9, 1.2e-2: 1.8} for name in ("relu", "gelu", "tanh")}
+    plan = Plan({}, (3e-3, 6e-3, 1.2e-2), 2)
+    trained = Trained(tuned, {"relu": 1.2e-2, "gelu": 6e-3, "tanh": 3e-3}, {})
+    assert at_edge(trained, plan) == {"relu": 1.2e-2, "tanh": 3e-3}
+    assert edge_sentence(trained, plan).startswith(
+        " The rates of 2 of 3 activations lie at the grid's edge, of relu too:"
+    )
+    assert [row[-1] for row in tuning_table(trained, plan).rows] == ["at the grid's edge", "", "at the grid's edge"]
+    inside = dataclasses.replace(trained, rate=dict.fromkeys(tuned, 6e-3))
+    assert edge_sentence(inside, plan) == ""
 
 
 def test_a_curve_is_a_mean_over_seeds_and_stretches():
@@ -352,6 +367,8 @@ def test_a_finding_of_tiny_trainings(corpus, tmp_path):
     text = store.to_json(store.record(language.CLAIM, found, True, 2, 1.0, 24))
     record = store.from_json(text)
     assert "--quick --seeds 2 --steps 24" in document.page(record)
+    assert found.sentence.endswith(" 2 seeds say little of the spread.")
+    assert found.tables[0].note.endswith("a difference that is none, not 5 %.")
     assert document.drawings(record)
     bits = [
         read_run(run_file(Variant("relu", seed=OTHER_SEED + n), recipe_of(plan, tmp_path, corpus, n), corpus, tmp_path))

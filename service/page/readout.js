@@ -77,10 +77,10 @@ export function shown(cell) {
 
 /**
  * Lines {name, x, y, low, high} as one table: a row for each x, a column for each line, its spread beside it. Where a line
- * has several points at one x, a row for each point, and the values under `label`.
+ * has several points at one x, or names for them, a row for each point, and the values under `label`.
  */
 export function tableOf(heading, lines, label = "y") {
-  if (lines.some(({ x }) => new Set(x).size < x.length)) return pointsOf(heading, lines, label);
+  if (lines.some(({ x, names }) => names || new Set(x).size < x.length)) return pointsOf(heading, lines, label);
   const xs = [...new Set(lines.flatMap(({ x }) => x))];
   if (xs.every((x) => typeof x === "number")) xs.sort((a, b) => a - b);
   const columns = [heading], places = [];
@@ -97,9 +97,11 @@ export function tableOf(heading, lines, label = "y") {
 
 function pointsOf(heading, lines, label) {
   const spreads = ["low", "high"].filter((each) => lines.some((line) => line[each]));
-  const rows = lines.flatMap((line) =>
-    line.x.map((x, at) => [line.name, x, line.y[at], ...spreads.map((each) => line[each]?.[at] ?? null)]));
-  return { columns: ["line", heading, label, ...spreads], rows };
+  const named = lines.some(({ names }) => names);
+  const own = (line, at) => (named ? [line.names?.[at] ?? null] : []);
+  const rows = lines.flatMap((line) => line.x.map((x, at) =>
+    [line.name, ...own(line, at), x, line.y[at], ...spreads.map((each) => line[each]?.[at] ?? null)]));
+  return { columns: ["line", ...(named ? ["point"] : []), heading, label, ...spreads], rows };
 }
 
 function csv({ columns, rows }) {

@@ -121,7 +121,7 @@ function curve({ name, x, y, dashed }, slot, paint) {
   };
 }
 
-function marks(kind, { name, x, y, low, high }, slot, paint, flat) {
+function marks(kind, { name, x, y, low, high, names }, slot, paint, flat) {
   const error = low && high && {
     type: "data", symmetric: false, color: kind === "bars" ? css("--ink") : paint, thickness: 1.5, width: 4,
     array: y.map((value, at) => (high[at] == null ? 0 : high[at] - value)),
@@ -129,7 +129,8 @@ function marks(kind, { name, x, y, low, high }, slot, paint, flat) {
   };
   const trace = {
     type: kind === "bars" ? "bar" : "scatter", mode: "markers", name,
-    hovertemplate: `${name}: ${flat ? "%{y}, %{x:.4g}" : "%{x}, %{y:.4g}"}<extra></extra>`,
+    customdata: names?.map(literal),
+    hovertemplate: `${name}${names ? ", %{customdata}" : ""}: ${flat ? "%{y}, %{x:.4g}" : "%{x}, %{y:.4g}"}<extra></extra>`,
     marker: { color: kind === "bars" ? faint(paint, 0.75) : paint, size: 9, symbol: SYMBOLS[slot % SYMBOLS.length] },
     ...(flat ? { x: y, y: x, orientation: "h", error_x: error || undefined } : { x, y, error_y: error || undefined }),
   };
