@@ -43,6 +43,7 @@ EARLY = 0.8  # of the axes' width: a line that ends before is named where it end
 LABEL_PT = 10.5  # from one name to the next
 POINT_PT = 6.5  # a point's own name
 APART = 0.1  # of the axes' width: points that stand further apart are named in columns of their own
+MANY = 12  # points of one group
 UPRIGHT = 6  # bars; more, or longer names, lie on their side
 
 
@@ -172,6 +173,9 @@ def _name_points(axes: Axes, lines: Sequence[Line]) -> None:
         column = max(across for across, *_ in group) + 0.03
         first = {name: (across, up, index) for across, up, name, index in sorted(group, key=lambda each: -each[3])}
         named = sorted(first.items(), key=lambda item: (item[1][1], item[0]))
+        reach_pt = (named[-1][1][1] - named[0][1][1]) * height_pt
+        if len(named) > MANY and reach_pt < len(named) * POINT_PT / 8:
+            continue  # one heap, of which the names would fill the chart; the page's table has them
         places = spread([up * height_pt for _, (_, up, _) in named], POINT_PT + 1, height_pt)
         for (name, (across, up, index)), place in zip(named, places, strict=True):
             colour = COLOURS[index % len(COLOURS)]
