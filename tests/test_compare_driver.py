@@ -21,7 +21,7 @@ from loadtest import plan as planning
 from loadtest.compare import cli, ffn, report, server, store, verdict
 from loadtest.compare.design import Visit
 from loadtest.compare.driver import VOID_ROUNDS, Comparison, _State
-from loadtest.compare.generator import Place, Seen
+from loadtest.compare.generator import Generator, GeneratorDied, Place, Seen
 from loadtest.compare.server import Meter
 from loadtest.compare.workloads import Workload
 
@@ -211,6 +211,21 @@ def test_a_profile_that_is_stopped_is_left_for_the_next_time(monkeypatch: pytest
     assert not psutil.pid_exists(int(pid))
     assert not (tmp_path / "run" / ffn.FILE).exists()
     assert ffn.said(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("first", ["", """printf '{"said": "ready"}\\n' >&"$2";"""])
+def test_a_locust_that_hangs_up_before_it_ends_is_told_by_its_exit_code(
+    first: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As one that is killed does on a busy machine, while the driver waits for it or is about to tell it something."""
+    locust = tmp_path / "locust"
+    hang_up = 'while [ "$1" != --driver ]; do shift; done; FIRST eval "exec $2>&-"; sleep 0.5; kill -9 $$'
+    locust.write_text("#!/bin/bash\n" + hang_up.replace("FIRST", first))
+    locust.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(locust))
+    begun = Generator("http://one", _workload(), ("a", "b"), 1, 1.0, Place(), tmp_path, lambda: None)
+    with pytest.raises(GeneratorDied, match=r"^Locust ended with exit code -9; "), begun as running:
+        running.visit(_design().visit(0, "a"), lambda *_: None)
 
 
 def test_between_fork_and_exec_no_library_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:

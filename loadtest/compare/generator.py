@@ -147,7 +147,7 @@ class Generator:
         try:
             self._socket.sendall(json.dumps(what).encode() + b"\n")
         except OSError as error:
-            raise self._died("Locust hung up") from error
+            raise self._hung_up() from error
 
     def _await(self, name: str, until: float) -> dict[str, Any]:
         while b"\n" not in self._read:
@@ -163,8 +163,7 @@ class Generator:
                 except ConnectionError:  # it was killed before it had read all that it was told
                     piece = b""
                 if not piece:
-                    time.sleep(POLL_S)  # so that who ended is known
-                    raise self._died(self._ended() or "Locust hung up")
+                    raise self._hung_up()
                 self._read += piece
         line, _, self._read = self._read.partition(b"\n")
         said: dict[str, Any] = json.loads(line)
@@ -173,9 +172,14 @@ class Generator:
         assert said["said"] == name, said
         return said
 
-    def _ended(self) -> str:
-        ended = [(who, process) for who, process in self._processes if process.poll() is not None]
-        return "; ".join(f"{who} ended with exit code {process.returncode}" for who, process in ended)
+    def _hung_up(self) -> GeneratorDied:
+        """A process that is killed hangs up before it can be waited for; on a busy machine long before."""
+        until = time.monotonic() + END_S
+        while not (ended := [each for each in self._processes if each[1].poll() is not None]):
+            if time.monotonic() > until:
+                return self._died("Locust hung up")
+            time.sleep(POLL_S)
+        return self._died("; ".join(f"{who} ended with exit code {process.returncode}" for who, process in ended))
 
     def _died(self, why: str) -> GeneratorDied:
         tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
