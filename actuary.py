@@ -10,9 +10,11 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import platform
 import signal
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import click
@@ -72,6 +74,14 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def cores() -> int:
     """How many cores this process may use, which under a container or taskset is less than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Its name, for whatever states a figure."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown processor"
 
 
 class _LazyGroup(click.Group):

@@ -15,7 +15,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from actuary import BadInput
+from actuary import BadInput, processor
 from export import bundle
 from export.graph import build
 from export.graph_parts import IR_VERSION
@@ -241,7 +240,7 @@ def machine(library: Library | None, threads: int, rounds: int) -> dict[str, Any
     """What the figures were measured on and with."""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {_processor()}",
+        "machine": f"{platform.machine()}, {processor()}",
         "threads": threads,
         "rounds": rounds,
         "library": {
@@ -251,13 +250,6 @@ def machine(library: Library | None, threads: int, rounds: int) -> dict[str, Any
             "onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "python": platform.python_version()
         },
     }  # fmt: skip
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown processor"
 
 
 _COLOURS: dict[Way, str] = {"fused": "#3b8bd0", "unfused": "#e0782f", "torch": "#8a8f98", "copy": "#3fa36b"}

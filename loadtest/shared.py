@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from actuary import BadInput
+from actuary import BadInput, processor
 
 
 class Finite(click.FloatRange):
@@ -60,9 +60,4 @@ def tail(path: Path) -> str:
 
 def machine() -> dict[str, Any]:
     """Of the load generator; the server's is the same only where the URL is this machine's."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {"host": platform.node(), "cpu": model, "cores": os.cpu_count(), "system": platform.platform()}
+    return {"host": platform.node(), "cpu": processor(), "cores": os.cpu_count(), "system": platform.platform()}

@@ -9,9 +9,8 @@ alone, and fifty cost little more than one: of matrices of 8 x 8 the call is wha
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +22,7 @@ from sklearn.datasets import make_moons
 from torch import Tensor
 
 from models import activations
+from studies.perceptron import one_thread
 
 Hidden = Literal["sigmoid", "relu"]
 HIDDEN: tuple[Hidden, ...] = ("sigmoid", "relu")
@@ -113,18 +113,6 @@ def forward(layers: Layers, hidden: Hidden, x: Tensor) -> tuple[list[Tensor], li
 def logits(layers: Layers, hidden: Hidden, x: Tensor) -> Tensor:
     """[S, N, 2] -> [S, N]."""
     return forward(layers, hidden, x)[0][-1][..., 0]
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Of products this small a second thread does no work, and waiting for it on a busy machine took ten times as long
-    as the training."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @one_thread()

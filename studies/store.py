@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from actuary import BadInput, cores
+from actuary import BadInput, cores, processor
 from models.files import write_atomically
 from studies.study import Chart, Claim, Finding
 
@@ -116,11 +116,7 @@ def read(path: Path) -> Record:
 
 
 def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or "unknown processor"
-    return f"{name}, {cores()} cores, {platform.system()} {platform.machine()}"
+    return f"{processor()}, {cores()} cores, {platform.system()} {platform.machine()}"
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from actuary import BadInput, cores
+from actuary import BadInput, cores, processor
 from loadtest.bench import agreement, contenders, report, setup, visits, workloads
 from loadtest.bench.contenders import ENVIRONMENTS, Contender
 from loadtest.bench.servers import Server, fleet
@@ -145,10 +145,9 @@ def _cpu() -> str:
     """The processor's name, and what of it the products of int8 use."""
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8") if info.is_file() else ""
-    name = next((line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line), "")
     extensions = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if f" {flag}" in text]
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return f"{name or platform.processor()} ({', '.join(extensions)}), {cores()} cores, {memory_gb:.0f} GB"
+    return f"{processor()} ({', '.join(extensions)}), {cores()} cores, {memory_gb:.0f} GB"
 
 
 def _start(servers: dict[str, Server], out: Path, starts: int) -> dict[str, Any]:
