@@ -82,13 +82,16 @@ class Engine:
 
     async def __aenter__(self) -> Self:
         self._threads = ThreadPoolExecutor(self._lanes, thread_name_prefix="lane")
+        self._memory = ThreadPoolExecutor(1, thread_name_prefix="memory")
+        for cache in self._caches.values():
+            self._populate(cache)
         self._open = True
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._open = False
         self._wake()
-        with self._threads:
+        with self._threads, self._memory:
             await self._drained.wait()
 
     def give_up(self) -> None:
@@ -304,6 +307,12 @@ class Engine:
             loop.call_soon_threadsafe(self._guarded, self._ended, number, batch, schedule, computed)
 
         self._threads.submit(in_a_lane)
+        if schedule.cache:
+            self._populate(schedule.cache)
+
+    def _populate(self, cache: PrefixCache) -> None:
+        if slots := cache.ahead():
+            self._memory.submit(cache.populate, slots)
 
     def _ended(self, number: int, batch: Batch, schedule: Schedule, computed: Computed | Exception) -> None:
         run = self._running.pop(number)

@@ -18,6 +18,7 @@ from operator import itemgetter
 import numpy as np
 from numpy.typing import NDArray
 
+from service.memory import HUGE_PAGE, populate
 from service.variant import Variant
 
 Slots = NDArray[np.int64]
@@ -56,6 +57,8 @@ class PrefixCache:
         self._root = _Run([], np.empty(0, np.int64), None)
         self._free = np.arange(1, slots + 1)[::-1].copy()  # a stack, its top at `_free_count`
         self._free_count = slots
+        self._never_taken = slots  # of the free ones: those at the stack's bottom
+        self._populated = 0  # slots, from 0 on, whose memory is there or was asked for
         self._stored = 0  # tokens in the tree
         self._held = 0  # of them, those that somebody holds
         self._idle: list[tuple[int, _Run]] = []  # runs that nobody holds and that none follows, by last use
@@ -101,12 +104,29 @@ class PrefixCache:
         while self._free_count < count:
             self._evict(count - self._free_count)
         self._free_count -= count
+        self._never_taken = min(self._never_taken, self._free_count)
         return self._free[self._free_count : self._free_count + count][::-1].copy()
 
     def give(self, slots: Slots) -> None:
         """Slots that were taken and are not needed."""
         self._free[self._free_count : self._free_count + slots.size] = slots[::-1]
         self._free_count += slots.size
+
+    def ahead(self) -> slice | None:
+        """Slots to `populate` before they are taken, each asked for once; None where there are enough of them."""
+        step = max(1, HUGE_PAGE // (FLOAT_BYTES * self.pool.shape[2]))
+        taken = self.slots - self._never_taken
+        if self._populated > self.slots or self._populated - taken > step // 2:
+            return None
+        start, self._populated = self._populated, self._populated + step
+        return slice(start, self._populated)
+
+    def populate(self, slots: slice) -> None:
+        """Has their memory. Blocks, without the interpreter's lock; safe from any thread, while lanes write."""
+        for layer in self.pool:
+            if not populate(layer[slots]):
+                self._populated = self.slots + 1  # the system cannot: it is not asked again
+                return
 
     def keep(self, prefix: Prefix, ids: Sequence[int], slots: Slots) -> Prefix:
         """Hold `prefix` and the tokens `ids` after it, computed into `slots`, instead of `prefix`.

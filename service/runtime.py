@@ -121,7 +121,10 @@ class Runtime:
         options.log_severity_level = FATAL
         options.intra_op_num_threads = self.threads if wide or CUDA in providers else 1
         options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Within a run of all cores they wait for each other some tens of times, by spinning; at its end that stops.
+        # Waking a core instead took 64 tokens of 14M parameters from 4.3 to 5.3 ms in int8, 4 from 3.5 to 4.8 in fp32.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if wide else "0")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry(RECORD, "1")
         cuda = CUDA in providers
         if self.ops and activation and self.ops.fits(activation.name, activation.digest, cuda):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import resource
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service import memory
+from service.memory import HUGE_PAGE, populate
 from service.prefix_cache import Prefix, PrefixCache, prefix_caches
 
 Ids = tuple[int, ...]
@@ -210,3 +215,55 @@ def test_the_slot_of_padding_is_nobodys() -> None:
     assert sorted(slots) == list(range(1, 21))
     cache.pool[:, slots] = np.nan
     assert not cache.pool[:, 0].any()
+
+
+def _floats(pages: int) -> np.ndarray:
+    """[pages, 1024] in small pages, none of them touched."""
+    memory = mmap.mmap(-1, pages * mmap.PAGESIZE)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(pages, -1)
+
+
+def _faults_of_writing(array: np.ndarray) -> int:
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    array[:, 0] += 1
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not give pages on request")
+def test_memory_that_is_populated_is_there_and_holds_what_it_held() -> None:
+    fresh, known = _floats(500), _floats(500)
+    known[7, 1] = 3.0
+    if not populate(known):
+        pytest.skip("a kernel before 5.14")
+    assert _faults_of_writing(fresh) >= 500
+    assert _faults_of_writing(known) < 50  # the interpreter's own
+    assert (known[7, 1], known.sum()) == (3.0, 503.0)
+
+
+def test_slots_have_their_memory_before_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    width = HUGE_PAGE // 4 // 100  # a page has the floats of 100 slots
+    monkeypatch.setattr("service.prefix_cache.populate", lambda array: bool(array.size))
+    cache, there = PrefixCache(2, 1000, width), 0
+    for taken in range(0, 1000, 10):
+        while slots := cache.ahead():
+            assert slots.start == there, "each is asked for once, none is left out"
+            there = slots.stop
+            cache.populate(slots)
+        assert there > taken, "one that is taken was asked for before"
+        assert there <= taken + 2 * 100 or taken == 0, "no more than soon needed"
+        cache.take(10)
+    assert there > 1000
+    cache.give(np.arange(1, 1001))
+    cache.take(10)
+    assert cache.ahead() is None, "what was taken before is there"
+
+
+def test_a_system_that_cannot_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_MADVISE", None)
+    cache = PrefixCache(2, 1000, HUGE_PAGE // 4 // 100)
+    slots = cache.ahead()
+    assert slots
+    cache.populate(slots)
+    cache.take(900)
+    assert cache.ahead() is None

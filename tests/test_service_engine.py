@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from threading import current_thread
 
+import pytest
 from engine_scenes import CONTEXT, Counting, Gated, Log, hold, ids_of, job, lengths_of, play, start, until
 
 from service.engine import Engine, Job
@@ -315,3 +317,20 @@ def test_a_variant_that_waits_for_slots_has_no_lane_kept_free() -> None:
         await asyncio.gather(generating, waits)
 
     play(scene, slots=CONTEXT, lanes=3)
+
+
+def test_the_cache_has_its_memory_ahead_of_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the start on, and by another thread than those that wait for it."""
+    asked: list[tuple[int, str]] = []
+    monkeypatch.setattr("service.prefix_cache.HUGE_PAGE", 4 * 100)  # the floats of 100 slots
+    monkeypatch.setattr(PrefixCache, "populate", lambda _, slots: asked.append((slots.start, current_thread().name)))
+
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        await until(lambda: len(asked) == 1)
+        for first in range(0, 500, 25):
+            await engine.run([Job(variant, list(range(first, first + 25)))])
+        await until(lambda: len(asked) == 6)
+        assert [start for start, _ in asked] == list(range(0, 600, 100))
+        assert {name for _, name in asked} == {"memory_0"}
+
+    play(scene, slots=1000)
