@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 NEEDED = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver")
+HANG_S = 300
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-background-networking --no-first-run "
     "--disable-component-update --disable-sync --disable-quic --window-size=1440,1000"
@@ -33,6 +34,7 @@ def chromium(profile: Path) -> Iterator[WebDriver]:
     options.add_argument(f"--user-data-dir={profile}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.set_script_timeout(HANG_S)  # 30 s by itself, of which axe takes two on a place, twenty on a busy machine
     try:
         yield driver
     finally:
