@@ -283,7 +283,8 @@ def test_a_client_that_hangs_up_is_dropped_from_the_queue(bundles: Path) -> None
             caller.close()
         while http.get("/health").json()["waiting"]:
             time.sleep(0.01)
-        [dropped] = re.findall(r'actuary_dropped_prompts_total\{reason="client_gone"\} (\S+)', http.get("/metrics").text)
+        metrics = http.get("/metrics").text
+        [dropped] = re.findall(r'actuary_dropped_prompts_total\{reason="client_gone"\} (\S+)', metrics)
         assert float(dropped) > before / 2, f"{before} waited, {dropped} were dropped when their clients left"
 
 
