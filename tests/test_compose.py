@@ -29,7 +29,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from conftest import free_port
+from conftest import HANG_S, free_port
 from ruamel.yaml import YAML
 
 from export import onnx_file
@@ -39,7 +39,6 @@ from export.ops.library import Library
 from loadtest.samples import read_samples
 
 ROOT = Path(__file__).parents[1]
-HANG_S = 300  # a hang, not a busy machine
 COMPOSE = ROOT / "docker-compose.yml"
 TINY = "--activations gelu,swiglu --layers 1 --dim 32 --context 32 --vocab 300 --batch 2 --workers 1"
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import free_port
+from conftest import HANG_S, free_port
 from stand_in import DELAY_MS, Server, StandIn, standing_in
 
 from actuary import BadInput
@@ -29,7 +29,6 @@ from loadtest.samples import Sample, in_window, judge_client, read_samples, summ
 
 ROOT = Path(__file__).parents[1]
 LOCUSTFILE = ROOT / "loadtest" / "locustfile.py"
-HANG_S = 300  # a hang, not a busy machine
 
 
 @pytest.fixture

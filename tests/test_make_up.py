@@ -17,11 +17,10 @@ from pathlib import Path
 import httpx2 as httpx
 import psutil
 import pytest
-from conftest import ACTUARY, free_port, serving
+from conftest import ACTUARY, HANG_S, free_port, serving
 
 ROOT = Path(__file__).parent.parent
 VENV = Path(sys.prefix)
-HANG_S = 600  # a hang, not a busy machine
 UNCHANGED = "nothing has changed since it was built"
 DEFAULT_SET = {"gelu", "silu", "swiglu", "relu", "sigmoid", "gelu-sigmoid-head"}
 

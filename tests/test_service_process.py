@@ -19,7 +19,7 @@ import httpx2 as httpx
 import psutil
 import pytest
 import uvicorn
-from conftest import free_port, serving
+from conftest import HANG_S, free_port, serving
 
 from service.runtime import CPU, CUDA, Runtime
 from service.server import serve_until_stopped
@@ -27,7 +27,6 @@ from service.settings import Settings
 from service.vocabulary import Vocabulary
 
 ACTUARY = [str(Path(sys.executable).with_name("actuary"))]  # the installed program
-HANG_S = 300  # a hang, not a busy machine
 MAX_GROWTH_BYTES = 48 * 2**20  # over idle, by bodies of 1 MiB: two copies as text, one as bytes, and small change
 MEGABYTE = {"prompt": "a'" * 524_188}  # as large as the default limit lets a body be; 1 M tokens, were they made
 

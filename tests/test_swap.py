@@ -228,13 +228,12 @@ def test_the_program_swaps_tunes_and_its_result_exports(saved, tmp_path, corpus)
         (["--activation", "relu", "--corpus", "short.txt"], "name more text with --corpus"),
     ],
 )
-def test_bad_arguments_exit_with_2_and_write_nothing(tmp_path, corpus, arguments, message):
+def test_bad_arguments_exit_with_2_and_write_nothing(tmp_path, corpus, actuary_here, arguments, message):
     model_of(GPT2).save_pretrained(tmp_path / "gpt2")
     padded_tokenizer(corpus.tokenizer(V), V).save(str(tmp_path / "gpt2" / "tokenizer.json"))
     assert Tokenizer.from_file(str(tmp_path / "gpt2" / "tokenizer.json")).get_vocab_size() == V
     (tmp_path / "short.txt").write_text("two words")
-    command = [*ACTUARY, "swap", "--from", "gpt2", *arguments, "--out", "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    done = actuary_here("swap", "--from", "gpt2", *arguments, "--out", "out")
     assert done.returncode == 2, done.stderr
     assert message in " ".join(done.stderr.split())
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True

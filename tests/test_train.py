@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ACTUARY, free_port
+from conftest import ACTUARY, HANG_S, free_port
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -30,7 +30,6 @@ from models.train import Diverged, Recipe, Stopped, Variant, finished, train_var
 from models.trainer import to_train, train_all
 
 RECIPE = Recipe(steps=24, batch=2, layers=1, dim=32, heads=2, context=32, vocab=300)
-HANG_S = 300  # a hang, not a busy machine
 SHAPE = ["--layers", "1", "--dim", "32", "--heads", "2", "--context", "32", "--vocab", "300"]
 
 
@@ -184,12 +183,15 @@ def _nothing_outlives_its_test():
             os.killpg(_started.pop().pid, signal.SIGKILL)
 
 
+def command_of(out: Path, *arguments: str) -> list[str]:
+    return ["train", "--corpus", str(Path(json.__file__).parent), *SHAPE, "--out", str(out), *arguments]
+
+
 def run_train(
     out: Path, cwd: Path, *arguments: str, launcher: list[str] | None = None, env: dict[str, str] | None = None
 ) -> subprocess.Popen:
     """`actuary train` on the json package's sources, in a process group of its own."""
-    corpus = str(Path(json.__file__).parent)
-    command = [*(launcher or ACTUARY), "train", "--corpus", corpus, *SHAPE, "--out", str(out), *arguments]
+    command = [*(launcher or ACTUARY), *command_of(out, *arguments)]
     process = subprocess.Popen(
         command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
@@ -197,8 +199,8 @@ def run_train(
     return process
 
 
-def test_ctrl_c_keeps_finished_variants_and_the_command_goes_on(tmp_path):
-    """Two workers, SIGINT once the first variants are finished; the second run finishes the rest."""
+def test_ctrl_c_keeps_finished_variants_and_the_command_goes_on(tmp_path, actuary_here):
+    """Two workers, SIGINT once the first variants are finished; the second run, here and in turn, finishes the rest."""
     arguments = ("--activations", "relu,gelu,silu", "--steps", "150", "--workers", "2", "--json")
     process = run_train(tmp_path / "out", tmp_path, *arguments)
     deadline = time.monotonic() + HANG_S
@@ -212,10 +214,9 @@ def test_ctrl_c_keeps_finished_variants_and_the_command_goes_on(tmp_path):
     assert process.returncode == 1, stderr
     assert 0 < len(kept) < 3, stderr
     assert {row["name"] for row in json.loads(stdout)["variants"]} == set(kept)
-    again = run_train(tmp_path / "out", tmp_path, *arguments)
-    stdout, stderr = again.communicate(timeout=HANG_S)
-    assert again.returncode == 0, stderr
-    summary = json.loads(stdout)
+    again = actuary_here(*command_of(tmp_path / "out", *arguments, "--workers", "1"))
+    assert again.returncode == 0, again.stderr
+    summary = json.loads(again.stdout)
     assert {row["name"] for row in summary["variants"]} == {"relu", "gelu", "silu"}
     assert set(summary["yardsticks"]) == {"unigram", "bigram", "zlib"}
     assert all((tmp_path / "out" / name / "quality.json").stat().st_mtime_ns == then for name, then in kept.items())
@@ -295,9 +296,8 @@ def test_processes_stop_together(tmp_path):
         (["--vocab", "3"], "vocab 3 is too small"),
     ],
 )
-def test_bad_arguments_exit_with_2_and_leave_nothing(tmp_path, arguments, message):
-    process = run_train(tmp_path / "out", tmp_path, *arguments)
-    _, stderr = process.communicate(timeout=HANG_S)
-    assert process.returncode == 2, stderr
-    assert message in " ".join(stderr.split())
+def test_bad_arguments_exit_with_2_and_leave_nothing(tmp_path, actuary_here, arguments, message):
+    done = actuary_here(*command_of(tmp_path / "out", *arguments))
+    assert done.returncode == 2, done.stderr
+    assert message in " ".join(done.stderr.split())
     assert not list(tmp_path.glob("out/*"))
