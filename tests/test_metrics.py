@@ -28,7 +28,7 @@ from service.prefix_cache import PrefixCache
 from service.settings import Settings
 from service.variant import Piece
 
-LIMIT_S = 10
+LIMIT_S = 60
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
