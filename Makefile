@@ -79,7 +79,7 @@ bench: $(OPS)/library.json $(VENV)/.installed-bench ## Our server against other 
 	$(ACTUARY) bench serve --ops $(OPS) --out $(ARTIFACTS)/bench-serve $(BENCH)
 
 test: $(VENV)/.installed-dev ## Every test that this machine can run
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 gpu-check: $(VENV)/.installed-dev ## On a CUDA device: check and measure the fused operators, write a section for docs/log.md
 	$(BIN)/python -m export.ops.gpu_check --out $(ARTIFACTS)/gpu-check

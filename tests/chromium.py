@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from conftest import HANG_S
 
 if TYPE_CHECKING:
     from selenium.webdriver.remote.webdriver import WebDriver
@@ -33,6 +34,7 @@ def chromium(profile: Path) -> Iterator[WebDriver]:
     options.add_argument(f"--user-data-dir={profile}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.set_script_timeout(HANG_S)  # 30 s by itself, of which axe takes two on a place, twenty on a busy machine
     try:
         yield driver
     finally:

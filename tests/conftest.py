@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,10 +14,37 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+# By itself an example may take 200 ms, and drawing ten a second, which a busy machine exceeds by chance.
+hypothesis.settings.register_profile(
+    "busy machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy machine")
+
+# Of torch, before it is imported, here and in what the tests start: two threads of each of two test processes on two
+# cores wait for each other actively. 61 steps of a tiny model took 59 s, 14 of them of the processor; now 1.9 and 1.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A process of `make test` takes a file at a time. Those of half a minute and more come first, the longest before the
+# others, so that at the end no core waits long for the other; by itself xdist leaves those of few tests to the end.
+LONG_FIRST = [
+    f"test_{name}.py"
+    for name in (
+        *("compare", "make_up", "stock_clients", "comparisons", "page_places", "half", "bench_serve", "train"),
+        *("compare_kinds", "ops_build", "page_compare", "studies_language", "inference_protocol", "swap", "export"),
+        *("compose", "real_checkpoints", "every_activation", "fallback", "cpp_functor", "loadtest", "plugin"),
+    )
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG_FIRST.index(name) if (name := item.path.name) in LONG_FIRST else len(LONG_FIRST))
+
+
 ACTUARY = [sys.executable, "-m", "actuary"]
-START_TIMEOUT_S = 300  # two busy cores, on which one took 60; alone a warm start takes about two
+HANG_S = 300  # a hang, not two busy cores, on which a start took 60; alone a warm one takes about two
 TINY = {"vocab_size": 300, "context": 32, "layers": 2, "dim": 32, "heads": 2}
 TINY_VARIANTS = (("gelu", "softmax"), ("swiglu", "softmax"), ("gelu", "sigmoid"))
 
@@ -109,10 +137,48 @@ def isa(request: pytest.FixtureRequest, fused):
     library.use_isa(fused, before)
 
 
+@pytest.fixture
+def actuary_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`actuary_here("train", ...)`: the program in this process, in `tmp_path`, for what ends before it does much.
+
+    In a process of its own it takes six seconds of the processor to import torch and transformers.
+    """
+    from actuary import main
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main([*arguments])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        said = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return subprocess.CompletedProcess(arguments, ended.value.code, said.out, said.err)
+
+    return run
+
+
+def _ports() -> Iterator[int]:
+    """Below those that a system gives to whoever asks for any, which another process might get before it is used."""
+    begin, end = 20_000, 32_000
+    while True:
+        yield from range(random.SystemRandom().randrange(begin, end), end)
+
+
+_next_port = _ports()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    for port in _next_port:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("there is always another one")
 
 
 def counted_batches(engine) -> list[int]:
@@ -135,7 +201,7 @@ def serving(bundles: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Po
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1"})
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + HANG_S
         while True:
             try:
                 urllib.request.urlopen(f"{url}/health/ready", timeout=2)

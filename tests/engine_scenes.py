@@ -14,7 +14,7 @@ from service.engine import Done, Engine, Job, Row, Rows
 from service.prefix_cache import PrefixCache
 from service.variant import Piece
 
-LIMIT_S = 10  # a hang fails instead
+LIMIT_S = 60  # a hang fails instead
 CONTEXT = 1000
 Log = list[tuple[str, list[list[int]], int]]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from conftest import ACTUARY
+from conftest import ACTUARY, HANG_S
 
 from export.ops import library
 from export.ops.trace import trace
@@ -40,5 +40,5 @@ def copied(fused, folder: Path, **changes) -> Path:
 
 def actuary(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*ACTUARY, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        [*ACTUARY, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, timeout=HANG_S
     )

@@ -67,7 +67,7 @@ def test_a_library_is_measured_and_named(tmp_path, fused):
         (["--rounds", "1"], "is not in the range"),
     ],
 )
-def test_bad_arguments_exit_with_2(tmp_path, arguments, message):
-    done = bench(*arguments, cwd=tmp_path)
+def test_bad_arguments_exit_with_2(actuary_here, arguments, message):
+    done = actuary_here("bench", "ops", *arguments)
     assert done.returncode == 2, done.stderr
     assert message in " ".join(done.stderr.split())

@@ -322,14 +322,14 @@ def test_the_document_names_what_falls_short(tmp_path):
 
 def test_servers_of_a_killed_run_are_ended_and_others_are_not(tmp_path):
     left, stranger = (
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True) for _ in "ab"
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True) for _ in "ab"
     )
     try:
         os.kill(left.pid, signal.SIGSTOP)
         born = [(left.pid, psutil.Process(left.pid).create_time()), (stranger.pid, 1.0)]
         (tmp_path / servers.RECORD).write_text("\n".join(map(json.dumps, born)) + "\n[12")
         with servers.fleet(tmp_path, [], tmp_path):
-            assert left.wait(10) == -signal.SIGKILL
+            assert left.wait(120) == -signal.SIGKILL
             assert stranger.poll() is None
             with pytest.raises(BadInput, match="another run measures"), servers.fleet(tmp_path, [], tmp_path):
                 pass

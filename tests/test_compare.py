@@ -244,7 +244,7 @@ def test_workers_of_other_machines_join(stand_in: Server, tmp_path: Path) -> Non
     try:
         code, _, errors = _ended(process)
         assert code == 0, errors
-        worker.wait(30)
+        worker.wait(TIMEOUT_S)
     finally:
         worker.kill()
     assert _whole(tmp_path / "run").blocks["requests"].min() > 0
@@ -433,7 +433,7 @@ def test_another_s_server_that_dies_is_reported_and_what_was_recorded_is_kept(
         code, _, errors = _compare("--resume", "run", cwd=tmp_path)
     finally:
         again.terminate()
-        again.wait(20)
+        again.wait(TIMEOUT_S)
     assert code == 0, errors
     assert len(_whole(run).rounds) > len(kept.rounds)
 

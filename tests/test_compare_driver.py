@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +15,16 @@ import polars as pl
 import psutil
 import pytest
 from compare_runs import TRUTH, write_run
+from conftest import free_port
 from test_compare_design import _design, _workload
 
 from actuary import ActuaryError, BadInput
 from loadtest import plan as planning
 from loadtest.compare import cli, ffn, report, server, store, verdict
 from loadtest.compare.design import Visit
-from loadtest.compare.driver import VOID_ROUNDS, Comparison, _State
+from loadtest.compare.driver import VOID_ROUNDS, Comparison, _State, check_alive
 from loadtest.compare.generator import Generator, GeneratorDied, Place, Seen
-from loadtest.compare.server import Meter
+from loadtest.compare.server import Meter, ServerDied
 from loadtest.compare.workloads import Workload
 
 
@@ -226,6 +228,20 @@ def test_a_locust_that_hangs_up_before_it_ends_is_told_by_its_exit_code(
     begun = Generator("http://one", _workload(), ("a", "b"), 1, 1.0, Place(), tmp_path, lambda: None)
     with pytest.raises(GeneratorDied, match=r"^Locust ended with exit code -9; "), begun as running:
         running.visit(_design().visit(0, "a"), lambda *_: None)
+
+
+def test_a_server_that_hangs_up_before_it_ends_is_told_by_its_exit_code(tmp_path: Path) -> None:
+    """As one of ours that is killed does on a busy machine; one of another is not waited for."""
+    own = object.__new__(server.OwnServer)
+    own.log = tmp_path / server.LOG
+    own.log.touch()
+    own.process = subprocess.Popen(["bash", "-c", "sleep 0.5; kill -9 $$"])
+    nobody = f"http://127.0.0.1:{free_port()}"
+    failed = Seen([{"failure": "no answer"}], 0.1)
+    with pytest.raises(ServerDied, match="no longer answers"):
+        check_alive(_comparison(tmp_path, url=nobody), failed)
+    with pytest.raises(ServerDied, match="the server ended with exit code -9"):
+        check_alive(_comparison(tmp_path, url=nobody, own=own), failed)
 
 
 def test_between_fork_and_exec_no_library_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from service.comparisons import live
 from service.comparisons.request import ComparisonRequest
 from service.settings import Settings
 
-PATIENCE_S = 90  # two busy cores: Locust's start takes 3 s alone, judging and drawing as long
+PATIENCE_S = 300  # a hang, not a busy machine: Locust's start takes 3 s alone, judging and drawing as long
 # At 5/s a block is of 2 s. On a machine with other work one of 0.15 s, as of a closed loop, may send nothing, and three
 # such rounds end a comparison.
 SHORT = {"variants": ["gelu", "swiglu"], "baseline": "swiglu", "minutes": 0.1, "rate": 5}
@@ -46,10 +46,11 @@ def until(condition: Callable[[], Any]) -> Any:
 
 
 def measured(url: str, name: str) -> dict[str, Any] | None:
-    """All of a comparison, once a round of it is known."""
+    """All of a comparison, once a round of it is known; a short one may have ended by then."""
     found = httpx.get(f"{url}/v1/comparisons/{name}").json()
-    assert found["state"] == "running", found
-    return found if (found["progress"] or {}).get("rounds") else None
+    rounds = (found["progress"] or {}).get("rounds")
+    assert rounds or found["state"] == "running", found
+    return found if rounds else None
 
 
 def ended(url: str, name: str) -> dict[str, Any] | None:
@@ -100,7 +101,7 @@ def test_one_is_started_watched_and_read(service: tuple[str, Any, Path]) -> None
     assert begun["id"] in error_of(second)["message"]
     assert httpx.get(f"{url}/v1/comparisons/{begun['id']}/report").status_code == 404
 
-    watched = until(lambda: measured(url, begun["id"]) or ended(url, begun["id"]))
+    watched = until(lambda: measured(url, begun["id"]))
     p50 = watched["progress"]["p50_ms"]
     assert list(p50) == watched["progress"]["arms"] == ["swiglu", "gelu", "swiglu:again"]
     assert all(len(values) == watched["progress"]["rounds"] for values in p50.values())
@@ -152,7 +153,9 @@ def test_it_ends_before_the_service_that_is_told_to(comparable: Path, tmp_path: 
         assert [child for child in left if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
     result = json.loads((tmp_path / begun["id"] / "result.json").read_text())
     assert result["ended"] == "interrupted"
-    assert result["said"] == [], "the service refused requests before the comparison was told to stop"
+    # That the client was too slow is said of a busy machine.
+    said = [each for each in result["said"] if "client too slow" not in each]
+    assert said == [], "the service refused requests before the comparison was told to stop"
 
 
 def test_one_whose_service_was_killed_ends_and_shows_as_stopped(comparable: Path, tmp_path: Path) -> None:

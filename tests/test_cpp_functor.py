@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from native_ops import FUSED, actuary, run
+from native_ops import FUSED, run
 
 from actuary import BadInput
 from export.ops import build, error_bound
@@ -63,15 +63,15 @@ def test_min_and_max_hand_nan_on_from_either_side(words):
     assert np.isnan(run(one_node(record), {"x": np.array([np.nan] * 17, np.float32)}, built)).all()
 
 
-def test_explain_shows_the_three_forms():
-    shown = actuary("explain", "swish").stdout
+def test_explain_shows_the_three_forms(actuary_here):
+    shown = actuary_here("explain", "swish").stdout
     assert 'Sigmoid ("t.0")' in shown
     assert "x / (1.0f + expf(-mul_0))" in shown  # and not 1 / (...), times x
     assert "__device__ float operator()(float x) const" in shown
-    forms = json.loads(actuary("explain", "swiglu", "--json").stdout)
+    forms = json.loads(actuary_here("explain", "swiglu", "--json").stdout)
     assert forms["cpp"] == cpp_functor("swiglu", trace(get("swiglu")))
     assert (forms["fused"], "__device__" in forms["cuda"], "Split" in forms["onnx"]) == (True, True, True)
-    solu = json.loads(actuary("explain", "solu", "--json").stdout)
+    solu = json.loads(actuary_here("explain", "solu", "--json").stdout)
     assert (solu["fused"], solu["cpp"], solu["cuda"]) == (False, None, None)
 
 

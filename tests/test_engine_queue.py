@@ -207,7 +207,7 @@ def test_a_request_that_waits_too_long_is_answered_408() -> None:
 def test_the_deadline_is_for_the_first_rows() -> None:
     class Slow(Counting):
         def read(self, rows: Rows) -> int | None:
-            threading.Event().wait(0.02)
+            threading.Event().wait(0.06)
             return super().read(rows)
 
     async def scene(engine: Engine, variant: Gated, log: Log) -> None:
@@ -215,7 +215,7 @@ def test_the_deadline_is_for_the_first_rows() -> None:
         await engine.run([Job(variant, [1], reader=reader, max_tokens=99)])
         assert len(reader.seen) == 21
 
-    play(scene, slots=CONTEXT, timeout_s=0.2)
+    play(scene, slots=CONTEXT, timeout_s=1.0)  # of 1.2; a busy machine has a first row by then
 
 
 def test_a_request_whose_first_choices_go_on_is_not_late() -> None:
@@ -223,7 +223,7 @@ def test_a_request_whose_first_choices_go_on_is_not_late() -> None:
 
     class Slow(Counting):
         def read(self, rows: Rows) -> int | None:
-            threading.Event().wait(0.001)
+            threading.Event().wait(0.003)
             return super().read(rows)
 
     async def scene(engine: Engine, variant: Gated, log: Log) -> None:
@@ -231,7 +231,7 @@ def test_a_request_whose_first_choices_go_on_is_not_late() -> None:
         await engine.run([Job(variant, [n], reader=reader, max_tokens=900) for n, reader in enumerate(readers)])
         assert [len(reader.seen) for reader in readers] == [201] * 3
 
-    play(scene, slots=CONTEXT, timeout_s=0.1)
+    play(scene, slots=CONTEXT, timeout_s=0.5)
 
 
 def test_what_one_choice_raises_ends_the_request_at_once() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import HANG_S
 from fastapi.testclient import TestClient
 from scipy import special
 from test_metrics import Scrape
@@ -281,7 +282,7 @@ def test_two_processes_share_a_database(bundles: Path, database: str, monkeypatc
         assert sum(arm["exposures"] for arm in found) == 60
         assert sum(arm["keys"] for arm in found) == 30
         one.delete("/v1/experiments/act")
-        soon = time.monotonic() + 10
+        soon = time.monotonic() + HANG_S
         while other.get("/v1/experiments/act").status_code != 404:
             assert time.monotonic() < soon
             time.sleep(0.05)
@@ -295,7 +296,7 @@ def test_one_finds_the_database_that_another_makes(
     with open_client(bundles, database) as one, open_client(bundles, database) as other:
         assert ask(one).status_code == 404
         put(other)
-        soon = time.monotonic() + 20
+        soon = time.monotonic() + HANG_S
         while (found := ask(one, "key")).status_code == 404:
             assert time.monotonic() < soon
             time.sleep(0.05)
@@ -347,7 +348,7 @@ def test_a_shadow_is_compared_and_never_answers(client: TestClient) -> None:
     def shadows() -> list[dict[str, Any]]:
         return [shadow for shadow in verdict(client)["shadows"] if shadow["model"] == "swiglu"]
 
-    soon = time.monotonic() + 20
+    soon = time.monotonic() + HANG_S
     while not shadows():
         time.sleep(0.05)
         assert time.monotonic() < soon, Scrape(client).all
@@ -371,7 +372,7 @@ def test_a_shadow_gives_way(sqlite_client: TestClient, monkeypatch: pytest.Monke
     service = sqlite_client.app.state.service  # type: ignore[attr-defined]
 
     def shadows(fate: str, at_least: int) -> None:
-        soon = time.monotonic() + 20
+        soon = time.monotonic() + HANG_S
         while Scrape(sqlite_client)("actuary_experiment_shadows_total", fate=fate) < at_least:
             assert time.monotonic() < soon, fate
             time.sleep(0.02)
@@ -531,7 +532,7 @@ def test_answers_go_on_while_the_database_is_away(sqlite_client: TestClient, mon
     id_ = ask(sqlite_client).headers["x-exposure-id"]
     assert error(sqlite_client.post("/v1/experiments/act/outcomes", json={"id": id_, "token": 1}), 503)
     monkeypatch.setattr(store, "write", write)
-    soon = time.monotonic() + 10
+    soon = time.monotonic() + HANG_S
     while (found := sqlite_client.get("/v1/experiments/act")).status_code != 200:
         assert time.monotonic() < soon
     assert sum(arm["exposures"] for arm in found.json()["arms"]) == 20

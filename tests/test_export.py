@@ -527,7 +527,7 @@ def actuary(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run([*ACTUARY, *arguments], capture_output=True, text=True, timeout=600, cwd=cwd)
 
 
-def test_random_weights_of_any_shape(tmp_path):
+def test_random_weights_of_any_shape(tmp_path, actuary_here):
     shape = [
         "--layers",
         "1",
@@ -546,7 +546,7 @@ def test_random_weights_of_any_shape(tmp_path):
     assert done.returncode == 0, done.stderr
     manifest = bundle.read_bundle(tmp_path / "out" / "geglu-random")
     assert (manifest.hidden, manifest.heads, manifest.vocab_size, manifest.quality) == (96, 3, 300, None)
-    inspected = actuary("inspect", "out/geglu-random", "--json", cwd=tmp_path)
+    inspected = actuary_here("inspect", "out/geglu-random", "--json")
     assert json.loads(inspected.stdout)["activation"] == "geglu"
 
 
@@ -562,8 +562,8 @@ def test_random_weights_of_any_shape(tmp_path):
         (["--random", "--activation", "gelu", "--precision", "fp13"], "'fp13' is not"),
     ],
 )
-def test_bad_arguments_exit_with_2(tmp_path, arguments, message):
-    done = actuary("export", *arguments, "--out", "out", cwd=tmp_path)
+def test_bad_arguments_exit_with_2(tmp_path, actuary_here, arguments, message):
+    done = actuary_here("export", *arguments, "--out", "out")
     assert done.returncode == 2, done.stderr
     assert message in " ".join(done.stderr.split())
     assert not (tmp_path / "out").exists()

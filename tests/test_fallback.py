@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ACTUARY, TINY, serving
+from conftest import ACTUARY, HANG_S, TINY, serving
 
 from actuary import BadInput, GateFailed
 from export import bundle
@@ -146,7 +146,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
 def test_a_plugin_reaches_every_room(environment, tmp_path, monkeypatch):
     def actuary(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
         done = subprocess.run(
-            [*ACTUARY, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+            [*ACTUARY, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S
         )
         assert done.returncode == code, done.stderr
         return done

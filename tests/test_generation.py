@@ -314,7 +314,9 @@ def mixes(draw: st.DrawFn) -> tuple[list[list[tuple[list[int], int | None, int]]
     return requests, options
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(mix=mixes())
 def test_any_mix_is_torchs(model: Model, mix: tuple[list[list[tuple[list[int], int | None, int]]], dict[str, int]]):
     described, options = mix

@@ -29,8 +29,9 @@ def cuda_missing() -> str:
     return ""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _on_a_device():
+    """Of the module, so that elsewhere nothing is compiled and exported before it is skipped, which took 41 s."""
     if reason := cuda_missing():
         pytest.skip(reason)
 

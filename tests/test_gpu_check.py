@@ -15,6 +15,7 @@ import cuda_on_cpu
 import numpy as np
 import pytest
 import torch
+from conftest import HANG_S
 
 from actuary import BadInput, GateFailed
 from export import onnx_file
@@ -285,7 +286,7 @@ def test_an_empty_result_is_a_report_too():
 def gpu_check_says(*arguments: str, cwd, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "export.ops.gpu_check", *arguments],
-        cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
+        cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=HANG_S,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import httpx2 as httpx
 import numpy as np
 import pytest
-from conftest import counted_batches
+from conftest import HANG_S, counted_batches
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -666,7 +666,7 @@ def test_stock_clients_work_unmodified(
 ) -> None:
     url = scheme + server_url.removeprefix("http://")
     command = [str(client_python(package)), "-I", str(CLIENTS / script), url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)
     status, message = answers.pop("refusal")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import free_port
+from conftest import HANG_S, free_port
 from stand_in import DELAY_MS, Server, StandIn, standing_in
 
 from actuary import BadInput
@@ -39,7 +39,7 @@ def stand_in(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 def _load(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "actuary", "load", *arguments]
-    return subprocess.run(command, cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=HANG_S)
 
 
 def _environment() -> dict[str, str]:
@@ -168,7 +168,7 @@ def test_ctrl_c_reports_what_was_measured(stand_in: Server, tmp_path: Path) -> N
     )
     _wait_until(lambda: len(stand_in.seen) > 50)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=HANG_S)
     assert process.returncode == 0, errors
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["interrupted"]
@@ -231,7 +231,7 @@ def test_master_and_worker_bring_every_sample_to_the_master(stand_in: Server, tm
         "--expect-workers",
         "1",
         "--expect-workers-max-wait",
-        "20",
+        str(HANG_S),
         "--rate",
         "40",
         "--samples",
@@ -248,7 +248,7 @@ def test_master_and_worker_bring_every_sample_to_the_master(stand_in: Server, tm
         subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) for command in (master, worker)
     ]
     try:
-        outputs = [process.communicate(timeout=40)[0] for process in processes]
+        outputs = [process.communicate(timeout=HANG_S)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -499,8 +499,8 @@ def test_a_server_that_is_not_ours(models: str, stand_in: Server, monkeypatch: p
         planning.served_models(stand_in.url)
 
 
-def _wait_until(condition: Any, timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
+def _wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + HANG_S
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import psutil
 import pytest
+from conftest import HANG_S
 from native_ops import FUSED, run
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
@@ -101,7 +102,7 @@ def test_every_file_runs_where_nothing_of_ours_is_installed(tmp_path, bundles):
         for part in folder.parent.glob(f"{folder.name}*"):  # numpy.libs too
             (installed / part.name).symlink_to(part)
     command = [sys.executable, "-I", "-S", "-c", STRANGER, str(tmp_path), str(installed)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for name in FUSED:
         got = np.load(tmp_path / f"{name}.npy")

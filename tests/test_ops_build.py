@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ACTUARY
+from conftest import ACTUARY, HANG_S
 from native_ops import FUSED, actuary, copied, run
 
 from actuary import ActuaryError, BadInput, cores
@@ -115,11 +115,11 @@ def test_a_signal_to_the_process_alone_ends_its_compilers_and_leaves_nothing(slo
     # In the background of a shell without job control, as under nohup, SIGINT is ignored, and children inherit that.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_S
     while not (slow_compiler / "waiting").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    said = process.communicate(timeout=10)[1]
+    said = process.communicate(timeout=HANG_S)[1]
     assert process.returncode == {signal.SIGINT: 1, signal.SIGTERM: 143}[number], said
     assert "Traceback" not in said
     assert ended(slow_compiler, cores())

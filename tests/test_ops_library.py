@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
-from conftest import ACTUARY, serving
+from conftest import ACTUARY, HANG_S, serving
 from native_ops import copied
 
 from actuary import BadInput
@@ -108,7 +108,7 @@ def test_a_service_without_a_library_says_so_and_one_with_a_damaged_one_does_not
     assert "actuary ops build" in runtime.unfused(info("gelu"))
     folder = copied(fused, tmp_path / "ops", ops_version=99)
     serve = [*ACTUARY, "serve", "--bundles", str(bundles), "--port", "0", "--ops", str(folder)]
-    done = subprocess.run(serve, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(serve, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 2, done.stderr
     assert "of version 99" in done.stderr
     assert "actuary ops build" in done.stderr

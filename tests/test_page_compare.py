@@ -15,7 +15,6 @@ from test_page import By, Keys, WebDriver, all_of, browser, fetched, get, hash_f
 UNFIT = {"rounds": 20, "again": 1.2}
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
 STATE = "return document.querySelector('#comparison .state').textContent"  # in one step: it is drawn anew meanwhile
-VERDICT_S = 60  # Locust's start, a round, judging, drawing; on two busy cores
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +186,7 @@ def test_one_is_started_watched_reloaded_and_stopped_by_keyboard(page: WebDriver
     assert page.execute_script(STATE) == "running"
 
     page.find_element(By.XPATH, "//button[text()='Stop']").send_keys(Keys.SPACE)
-    page_until(page, lambda: page.execute_script(STATE) == "stopped")
+    until(page, lambda: page.execute_script(STATE) == "stopped")
     result = get(f"{comparing_url}/v1/comparisons/{name}")["result"]
     assert result["ended"] == "interrupted"
     assert [line.text for line in all_of(page, "#comparison .verdict span")] == [
@@ -198,15 +197,9 @@ def test_one_is_started_watched_reloaded_and_stopped_by_keyboard(page: WebDriver
     until(page, lambda: page.switch_to.active_element.get_attribute("id") == "comparison-title")
 
 
-def page_until(page: WebDriver, condition: Any) -> Any:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    return WebDriverWait(page, VERDICT_S, poll_frequency=0.2).until(lambda _: condition())
-
-
 def wait_for_rounds(page: WebDriver, count: int) -> None:
     script = "return document.getElementById('rounds-plot')?.data?.[0].x.length ?? 0"
-    page_until(page, lambda: page.execute_script(script) >= count)
+    until(page, lambda: page.execute_script(script) >= count)
 
 
 def test_what_cannot_be_asked_is_said_and_the_control_marked(page: WebDriver) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
-from conftest import ACTUARY, free_port
+from conftest import ACTUARY, HANG_S, free_port
 
 RECORD = """
 import torch
@@ -43,7 +43,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
 def test_one_record_reaches_every_room(environment, tmp_path):
     def actuary(*arguments: str) -> str:
         done = subprocess.run(
-            [*ACTUARY, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+            [*ACTUARY, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -74,7 +74,7 @@ def test_one_record_reaches_every_room(environment, tmp_path):
     )
     try:
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG_S
         while True:
             try:
                 assert httpx.get(f"{url}/health/ready").status_code == 200
@@ -105,7 +105,7 @@ def test_one_record_reaches_every_room(environment, tmp_path):
         assert "soft_gate" in (tmp_path / "load.json").read_text()
     finally:
         service.send_signal(signal.SIGTERM)
-        service.wait(20)
+        service.wait(HANG_S)
     (weights,) = (tmp_path / "checkpoints").glob("*/model.safetensors")
     assert (
         "slope"

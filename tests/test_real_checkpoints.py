@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ACTUARY, serving
+from conftest import ACTUARY, HANG_S, serving
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
@@ -413,7 +413,7 @@ def test_a_checkpoint_is_not_replaced_by_its_own_bundle(folders, tmp_path):
 def actuary(*arguments: object) -> subprocess.CompletedProcess:
     command = [*ACTUARY, *map(str, arguments)]
     environment = {**os.environ, "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=environment)
 
 
 def test_the_verb_exports_shows_and_serves(folders, tmp_path):

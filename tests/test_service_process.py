@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ import httpx2 as httpx
 import psutil
 import pytest
 import uvicorn
-from conftest import free_port, serving
+from conftest import HANG_S, free_port, serving
 
 from service.runtime import CPU, CUDA, Runtime
 from service.server import serve_until_stopped
@@ -31,13 +32,13 @@ MEGABYTE = {"prompt": "a'" * 524_188}  # as large as the default limit lets a bo
 
 
 def ask(url: str, **body: object) -> httpx.Response:
-    return httpx.post(f"{url}/v1/next-token", json={"model": "gelu", "prompt": "if x is not", **body}, timeout=30)
+    return httpx.post(f"{url}/v1/next-token", json={"model": "gelu", "prompt": "if x is not", **body}, timeout=HANG_S)
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A start that is expected to end by itself."""
     command = [*ACTUARY, "serve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
 
 
 def test_it_answers_in_little_memory(server_url: str, bundles: Path) -> None:
@@ -56,12 +57,10 @@ def test_it_answers_in_little_memory(server_url: str, bundles: Path) -> None:
 @pytest.mark.parametrize("field", ["prompt", "tokens"])
 def test_it_answers_others_during_a_long_text(bundles: Path, field: str) -> None:
     """Tokenizing it on the event loop, or with the GIL held, would stop them for as long as it takes."""
-    began = time.monotonic()
-    Vocabulary(bundles / "gelu" / "tokenizer.json").encode(MEGABYTE["prompt"])
-    encode_s = time.monotonic() - began
     body = MEGABYTE if field == "prompt" else {"tokens": [MEGABYTE["prompt"]]}
     with serving(bundles) as (url, _), ThreadPoolExecutor(1) as pool, httpx.Client(base_url=url) as http:
         assert ask(url).status_code == 200
+        sent = time.monotonic()
         long = pool.submit(ask, url, **body)
         worst_s = 0.0
         while not long.done():
@@ -69,7 +68,7 @@ def test_it_answers_others_during_a_long_text(bundles: Path, field: str) -> None
             assert http.get("/health/live").status_code == 200
             worst_s = max(worst_s, time.monotonic() - began)
         assert long.result().status_code == 422
-        assert worst_s < encode_s / 2
+        assert worst_s < (time.monotonic() - sent) / 2, "it is most of the time where the loop waits"
 
 
 def test_tokenizing_lets_other_threads_run(bundles: Path) -> None:
@@ -99,7 +98,7 @@ def test_it_never_imports_torch_transformers_or_onnx(bundles: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG_S
         while time.monotonic() < deadline and process.poll() is None:
             try:
                 assert ask(url, model="*").status_code == 200
@@ -108,7 +107,7 @@ def test_it_never_imports_torch_transformers_or_onnx(bundles: Path) -> None:
                 time.sleep(0.05)
         assert httpx.get(f"{url}/assets/plotly.min.js").status_code == 200
         process.send_signal(signal.SIGTERM)
-        imported, said = process.communicate(timeout=30)
+        imported, said = process.communicate(timeout=HANG_S)
     finally:
         process.kill()
     assert process.returncode == 0, said
@@ -156,8 +155,16 @@ def test_a_chunked_body_over_the_limit_is_refused_and_the_connection_ends_well(b
 
 
 def different(prompts: int) -> list[list[int]]:
-    """So many prompts: of the same one, all that wait are computed at once."""
-    return [[n // 300, n % 300, 7, 8] for n in range(prompts)]
+    """So many prompts: of the same one, all that wait are computed at once. Long ones, so that a queue lasts."""
+    return [[n // 300, n % 300, *range(30)] for n in range(prompts)]
+
+
+def waiting(http: httpx.Client, least: int) -> int:
+    """How many prompts wait, once at least so many do."""
+    end = time.monotonic() + HANG_S
+    while (found := http.get("/health").json()["waiting"]) < least:
+        assert time.monotonic() < end, f"{found} wait"
+    return found
 
 
 def test_a_full_queue_is_429_with_retry_after(bundles: Path) -> None:
@@ -175,21 +182,20 @@ def test_a_full_queue_is_429_with_retry_after(bundles: Path) -> None:
 def test_sigterm_finishes_what_is_queued(bundles: Path) -> None:
     """Requests that were taken are answered in full, later ones find nobody, and the process ends with 0."""
     slow = ("--max-batch-tokens", "1", "--timeout-s", "300")
-    with serving(bundles, *slow) as (url, process), ThreadPoolExecutor() as pool:
+    with serving(bundles, *slow) as (url, process), ThreadPoolExecutor() as pool, httpx.Client(base_url=url) as http:
 
         def one(n: int) -> httpx.Response:
             body = {"model": "*", "prompt": different(32 * n + 32)[-32:], "top_k": 300}
             return httpx.post(f"{url}/v1/next-token", json=body, timeout=300)
 
         answers = [pool.submit(one, n) for n in range(2)]
-        while httpx.get(f"{url}/health").json()["waiting"] < 20:
-            time.sleep(0.002)
+        waiting(http, 20)
         process.send_signal(signal.SIGTERM)
         for answer in answers:
             response = answer.result(timeout=300)
             assert response.status_code == 200
             assert len(response.json()["results"]) == 96
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=HANG_S) == 0
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/health")
 
@@ -206,7 +212,7 @@ def test_a_signal_during_the_start_ends_it(bundles: Path, moment: str) -> None:
         f"unittest.mock.patch({moment!r}, told).start()\n"
         f"actuary.cli.main(['serve', '--bundles', {str(bundles)!r}, '--port', '0'])\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S)
     assert ended.returncode == 0, ended.stderr
     assert "Traceback" not in ended.stderr
 
@@ -216,7 +222,7 @@ def test_a_body_that_never_ends_is_answered_408_and_does_not_delay_the_end(bundl
     with serving(bundles, "--timeout-s", "1") as (url, process):
 
         def half_a_request() -> socket.socket:
-            caller = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10)
+            caller = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=HANG_S)
             caller.sendall(head)
             return caller
 
@@ -227,7 +233,7 @@ def test_a_body_that_never_ends_is_answered_408_and_does_not_delay_the_end(bundl
         with half_a_request():
             time.sleep(0.2)
             process.send_signal(signal.SIGTERM)
-            _, said = process.communicate(timeout=10)
+            _, said = process.communicate(timeout=HANG_S)
         assert process.returncode == 0
         assert "Traceback" not in said
 
@@ -262,7 +268,7 @@ def test_draining_gives_up_what_still_generates_before_it_is_cut_off(
 
 
 def test_a_client_that_hangs_up_is_dropped_from_the_queue(bundles: Path) -> None:
-    with serving(bundles, "--max-batch-tokens", "1") as (url, _):
+    with serving(bundles, "--max-batch-tokens", "1") as (url, _), httpx.Client(base_url=url) as http:
         callers = []
         for n in range(4):
             body = json.dumps({"model": "*", "prompt": different(64 * n + 64)[-64:]}).encode()
@@ -271,14 +277,14 @@ def test_a_client_that_hangs_up_is_dropped_from_the_queue(bundles: Path) -> None
             caller = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
             caller.sendall(head.encode() + body)
             callers.append(caller)
-        while (before := httpx.get(f"{url}/health").json()["waiting"]) < 100:
-            time.sleep(0.002)
+        before = waiting(http, 100)
         for caller in callers:
             caller.close()
-        soon = time.monotonic() + 0.3  # computing them would take longer
-        while (after := httpx.get(f"{url}/health").json()["waiting"]) and time.monotonic() < soon:
+        while http.get("/health").json()["waiting"]:
             time.sleep(0.01)
-        assert after == 0, f"{before} waited, {after} wait after their clients left"
+        metrics = http.get("/metrics").text
+        [dropped] = re.findall(r'actuary_dropped_prompts_total\{reason="client_gone"\} (\S+)', metrics)
+        assert float(dropped) > before / 2, f"{before} waited, {dropped} were dropped when their clients left"
 
 
 @pytest.mark.parametrize(

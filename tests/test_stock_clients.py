@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import serving
+from conftest import HANG_S, serving
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -108,7 +108,12 @@ def run(python: Path, *arguments: str, folder: Path) -> str:
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "GUIDELLM__MAX_WORKER_PROCESSES": "1"}
     command = [str(python), "-I", *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, cwd=folder, env={**os.environ, **env, "HOME": str(folder)}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        cwd=folder,
+        env={**os.environ, **env, "HOME": str(folder)},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import HANG_S
 
 from actuary import BadInput
 from models import activations, train
@@ -298,7 +299,7 @@ def test_what_was_finished_before_a_kill_is_kept(corpus, tmp_path):
     script.write_text(KILLED.replace("{recipe}", repr(dataclasses.asdict(RECIPE))))
     command = [sys.executable, str(script), str(Path(json.__file__).parent), str(corpus.cache), str(tmp_path / "kept")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_S
     while not list(tmp_path.glob("kept/runs/*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ACTUARY
+from conftest import ACTUARY, HANG_S
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -123,7 +123,7 @@ def test_a_disk_that_is_full_is_told_in_a_line(saved, tmp_path, corpus):
     (tmp_path / "a.txt").write_text("\n".join(corpus.train)[:20000])
     given = f"--from {saved} --activation relu --corpus a.txt --steps 0 --out out"
     command = ["bash", "-c", f'ulimit -f 60; exec "$0" "$@" swap {given}', *ACTUARY]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "actuary: no room left in out: File too large" in " ".join(done.stderr.split())
     assert not list((tmp_path / "out").iterdir())
@@ -180,7 +180,7 @@ def test_the_program_swaps_tunes_and_its_result_exports(saved, tmp_path, corpus)
     (text / "a.txt").write_text("\n".join(corpus.train)[:40000])
     command = [*ACTUARY, "swap", "--from", str(saved), "--activation", "geglu", "--corpus", str(text), "--steps", "4",
                "--distil", "0.5", "--out", str(tmp_path / "out"), "--json"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     figures = report["bits_per_byte"]
@@ -203,10 +203,10 @@ def test_the_program_swaps_tunes_and_its_result_exports(saved, tmp_path, corpus)
     )
     with pytest.raises(ValueError, match="actuary_swap_"):  # the family's own blocks would be of random weights
         AutoModelForCausalLM.from_pretrained(folder)
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, cwd=tmp_path)
     assert (finished.returncode, json.loads(finished.stdout)) == (0, report)
     assert "is finished" in " ".join(finished.stderr.split())
-    other = subprocess.run([*command, "--rate", "0.1"], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    other = subprocess.run([*command, "--rate", "0.1"], capture_output=True, text=True, timeout=HANG_S, cwd=tmp_path)
     assert (other.returncode, json.loads((folder / "swap.json").read_text())) == (2, report)
     assert "was swapped with other settings" in " ".join(other.stderr.split())
     # A swapped checkpoint can be swapped again, and a damaged record of the swap is refused.
@@ -228,13 +228,12 @@ def test_the_program_swaps_tunes_and_its_result_exports(saved, tmp_path, corpus)
         (["--activation", "relu", "--corpus", "short.txt"], "name more text with --corpus"),
     ],
 )
-def test_bad_arguments_exit_with_2_and_write_nothing(tmp_path, corpus, arguments, message):
+def test_bad_arguments_exit_with_2_and_write_nothing(tmp_path, corpus, actuary_here, arguments, message):
     model_of(GPT2).save_pretrained(tmp_path / "gpt2")
     padded_tokenizer(corpus.tokenizer(V), V).save(str(tmp_path / "gpt2" / "tokenizer.json"))
     assert Tokenizer.from_file(str(tmp_path / "gpt2" / "tokenizer.json")).get_vocab_size() == V
     (tmp_path / "short.txt").write_text("two words")
-    command = [*ACTUARY, "swap", "--from", "gpt2", *arguments, "--out", "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    done = actuary_here("swap", "--from", "gpt2", *arguments, "--out", "out")
     assert done.returncode == 2, done.stderr
     assert message in " ".join(done.stderr.split())
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True

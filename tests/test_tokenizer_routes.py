@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from conftest import serving
+from conftest import HANG_S, serving
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -339,13 +339,13 @@ def test_large_texts_are_taken_one_at_a_time_and_may_wait_too_long(
 def test_others_are_answered_during_a_long_text(bundles: Path) -> None:
     """The largest text that is allowed, with its tokens spelt."""
     body = {"prompt": "a'" * (1 << 17), "return_token_strs": True}
-    with serving(bundles) as (url, _), httpx.Client(base_url=url, timeout=30) as http:
+    with serving(bundles) as (url, _), httpx.Client(base_url=url, timeout=HANG_S) as http:
         worst_s, took_s, answers = 0.0, 0.0, []
 
         def long() -> None:
             nonlocal took_s
             began = time.monotonic()
-            answers.append(httpx.post(f"{url}/tokenize", json=body, timeout=30))
+            answers.append(httpx.post(f"{url}/tokenize", json=body, timeout=HANG_S))
             took_s = time.monotonic() - began
 
         thread = threading.Thread(target=long)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ACTUARY, free_port
+from conftest import ACTUARY, HANG_S, free_port
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from actuary import BadInput
@@ -181,12 +183,15 @@ def _nothing_outlives_its_test():
             os.killpg(_started.pop().pid, signal.SIGKILL)
 
 
+def command_of(out: Path, *arguments: str) -> list[str]:
+    return ["train", "--corpus", str(Path(json.__file__).parent), *SHAPE, "--out", str(out), *arguments]
+
+
 def run_train(
     out: Path, cwd: Path, *arguments: str, launcher: list[str] | None = None, env: dict[str, str] | None = None
 ) -> subprocess.Popen:
     """`actuary train` on the json package's sources, in a process group of its own."""
-    corpus = str(Path(json.__file__).parent)
-    command = [*(launcher or ACTUARY), "train", "--corpus", corpus, *SHAPE, "--out", str(out), *arguments]
+    command = [*(launcher or ACTUARY), *command_of(out, *arguments)]
     process = subprocess.Popen(
         command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
@@ -194,25 +199,24 @@ def run_train(
     return process
 
 
-def test_ctrl_c_keeps_finished_variants_and_the_command_goes_on(tmp_path):
-    """Two workers, SIGINT once the first variants are finished; the second run finishes the rest."""
+def test_ctrl_c_keeps_finished_variants_and_the_command_goes_on(tmp_path, actuary_here):
+    """Two workers, SIGINT once the first variants are finished; the second run, here and in turn, finishes the rest."""
     arguments = ("--activations", "relu,gelu,silu", "--steps", "150", "--workers", "2", "--json")
     process = run_train(tmp_path / "out", tmp_path, *arguments)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + HANG_S
     while (
         not list((tmp_path / "out").glob("*/quality.json")) and process.poll() is None and time.monotonic() < deadline
     ):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does: the program and its workers
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=HANG_S)
     kept = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/quality.json")}
     assert process.returncode == 1, stderr
     assert 0 < len(kept) < 3, stderr
     assert {row["name"] for row in json.loads(stdout)["variants"]} == set(kept)
-    again = run_train(tmp_path / "out", tmp_path, *arguments)
-    stdout, stderr = again.communicate(timeout=120)
-    assert again.returncode == 0, stderr
-    summary = json.loads(stdout)
+    again = actuary_here(*command_of(tmp_path / "out", *arguments, "--workers", "1"))
+    assert again.returncode == 0, again.stderr
+    summary = json.loads(again.stdout)
     assert {row["name"] for row in summary["variants"]} == {"relu", "gelu", "silu"}
     assert set(summary["yardsticks"]) == {"unigram", "bigram", "zlib"}
     assert all((tmp_path / "out" / name / "quality.json").stat().st_mtime_ns == then for name, then in kept.items())
@@ -221,13 +225,13 @@ def test_ctrl_c_keeps_finished_variants_and_the_command_goes_on(tmp_path):
 def test_ctrl_c_while_the_workers_start_is_no_crash(tmp_path):
     arguments = ("--activations", "relu,gelu", "--steps", "100000", "--workers", "2")
     process = run_train(tmp_path / "out", tmp_path, *arguments)
-    parent, deadline = psutil.Process(process.pid), time.monotonic() + 60
+    parent, deadline = psutil.Process(process.pid), time.monotonic() + HANG_S
     while (
         len([c for c in parent.children() if "spawn_main" in " ".join(c.cmdline())]) < 2 and time.monotonic() < deadline
     ):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # they import torch now
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=HANG_S)
     assert process.returncode == 1, stderr
     assert "Traceback" not in stderr
     assert "the same command goes on from there" in stderr or "was not started" in stderr
@@ -236,10 +240,10 @@ def test_ctrl_c_while_the_workers_start_is_no_crash(tmp_path):
 ON_THE_CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
-def two_ranks() -> list[str]:
-    """The program in two processes; `accelerate launch --cpu` would start one."""
+def two_ranks(*program: object) -> list[str]:
+    """The program, or another one, in two processes; `accelerate launch --cpu` would start one."""
     torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    return [sys.executable, "-m", *torchrun, "-m", "actuary"]
+    return [sys.executable, "-m", *torchrun, *(map(str, program) if program else ("-m", "actuary"))]
 
 
 def test_two_processes_train_the_same_model(tmp_path):
@@ -248,7 +252,7 @@ def test_two_processes_train_the_same_model(tmp_path):
     summaries = []
     for out, launcher in (("one", None), ("two", two_ranks())):
         process = run_train(tmp_path / out, tmp_path, *arguments, launcher=launcher, env=ON_THE_CPU)
-        stdout, stderr = process.communicate(timeout=180)
+        stdout, stderr = process.communicate(timeout=HANG_S)
         assert process.returncode == 0, stderr
         summaries.append(json.loads(stdout)["variants"][0])
     assert [summary["processes"] for summary in summaries] == [1, 2]
@@ -260,19 +264,21 @@ def test_two_processes_train_the_same_model(tmp_path):
 
 def test_processes_stop_together(tmp_path):
     """SIGTERM to one rank alone: both leave at the same step, and the state is there to go on from."""
+    program = tmp_path / "actuary_that_saves_often.py"  # each 20 s otherwise, which two busy ranks spend on two cores
+    program.write_text("import models.train\nmodels.train.SAVE_EVERY_S = 0.5\nimport actuary\nactuary.main()\n")
     arguments = ("--activations", "gelu", "--steps", "100000", "--batch", "4")
-    process = run_train(tmp_path / "out", tmp_path, *arguments, launcher=two_ranks(), env=ON_THE_CPU)
-    deadline = time.monotonic() + 90
+    process = run_train(tmp_path / "out", tmp_path, *arguments, launcher=two_ranks(program), env=ON_THE_CPU)
+    deadline = time.monotonic() + HANG_S
     state = tmp_path / "out" / ".unfinished" / "gelu.safetensors"
     while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)  # the first state is written after SAVE_EVERY_S
-    ranks = [child for child in psutil.Process(process.pid).children() if "actuary" in child.cmdline()]
+        time.sleep(0.05)
+    ranks = [child for child in psutil.Process(process.pid).children() if str(program) in child.cmdline()]
     assert len(ranks) == 2
-    written = state.stat().st_mtime_ns
     ranks[1].send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert "gelu stopped after" in stderr
-    assert state.stat().st_mtime_ns > written
+    _, stderr = process.communicate(timeout=HANG_S)
+    stopped = {int(step) for step in re.findall(r"gelu stopped after (\d+) of", stderr)}
+    with safe_open(state, "pt") as file:
+        assert stopped == {int(file.metadata()["step"])}, stderr
 
 
 @pytest.mark.parametrize(
@@ -290,9 +296,8 @@ def test_processes_stop_together(tmp_path):
         (["--vocab", "3"], "vocab 3 is too small"),
     ],
 )
-def test_bad_arguments_exit_with_2_and_leave_nothing(tmp_path, arguments, message):
-    process = run_train(tmp_path / "out", tmp_path, *arguments)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2, stderr
-    assert message in " ".join(stderr.split())
+def test_bad_arguments_exit_with_2_and_leave_nothing(tmp_path, actuary_here, arguments, message):
+    done = actuary_here(*command_of(tmp_path / "out", *arguments))
+    assert done.returncode == 2, done.stderr
+    assert message in " ".join(done.stderr.split())
     assert not list(tmp_path.glob("out/*"))

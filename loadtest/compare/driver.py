@@ -25,11 +25,12 @@ from actuary import ActuaryError, BadInput
 from loadtest.compare import store
 from loadtest.compare.design import Design, Visit
 from loadtest.compare.generator import Generator, GeneratorDied, Place, Seen
-from loadtest.compare.server import Meter, OwnServer, ServerDied, pid_at, ready
+from loadtest.compare.server import POLL_S, Meter, OwnServer, ServerDied, pid_at, ready
 from loadtest.compare.workloads import Workload
 from loadtest.samples import KEPT_SHARE, too_slow
 
 DIGITS = 6  # of a second, in a round's facts
+GONE_S = 5.0  # in which a process that has hung up has ended
 VOID_ROUNDS = 3  # in a row in which an arm's block does not count end a comparison
 
 
@@ -254,9 +255,16 @@ class _State:
 
 
 def check_alive(comparison: Comparison, seen: Seen) -> None:
-    """A server that is not ours is known to have died by the requests that it left unanswered."""
+    """A server that is not ours is known to have died by the requests that it left unanswered.
+
+    Ours says how it ended; killed, it hangs up before it can be waited for, on a busy machine long before.
+    """
     if any(row["failure"] for row in seen.rows) and not ready(comparison.url):
-        comparison.look()  # ours says how it ended
+        until = time.monotonic() + GONE_S
+        comparison.look()
+        while comparison.own and time.monotonic() < until:
+            time.sleep(POLL_S)
+            comparison.look()
         raise ServerDied(f"the server at {comparison.url} no longer answers")
 
 
