@@ -199,6 +199,13 @@ def test_blocks_that_do_not_count_are_said_by_arm_and_cause() -> None:
     }
 
 
+def test_that_the_load_stands_in_an_experiments_record_is_said() -> None:
+    kinds = {"gelu": "model", "act": "experiment", "act:again": "experiment"}
+    arms = [{"model": arm.partition(":")[0], "facts": {"object": kind}} for arm, kind in kinds.items()]
+    [said] = cli._of_experiments({"arms": arms})
+    assert said.startswith("act is an experiment: this load stands in its record")
+
+
 @pytest.mark.parametrize("resumed_when", ["over", "missing"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_it_judges_does_not_throw_the_verdict_away(
