@@ -98,7 +98,7 @@ def create_app(settings: Settings) -> FastAPI:
         Tokens(library, settings),
         Metrics(engine.metrics, engine.tell, experiments.counters.all),
         experiments,
-        Comparisons(settings.compare, library),
+        Comparisons(settings.compare, library, experiments),
         Studies(settings.studies),
     )
 

@@ -65,6 +65,14 @@ class Settings(BaseModel):
         "artifacts/experiments.db",
         description="Where experiments are kept: a SQLite file, or postgresql://USER:PASSWORD@HOST/NAME.",
     )
+    # With an outcome for every third and one shadow each, in SQLite: 290 MB a million.
+    max_exposures: int = Field(
+        1_000_000,
+        ge=0,
+        le=1 << 40,
+        description="Answers of experiments, the newest, that the database keeps one by one; those that leave it stay "
+        "in the sums that verdicts are made of. Of processes that share it the least counts.",
+    )
     key_header: str = Field(
         "x-actuary-key",
         pattern=r"^[A-Za-z0-9-]{1,64}$",

@@ -128,6 +128,8 @@ def test_a_server_of_its_own_is_started_measured_and_stopped(bundles: Path, prom
     _wait_until(lambda: _children(process, "locust"), process)
     children = [child.pid for child in psutil.Process(process.pid).children()]
     assert len(children) == 2, "the server, and one Locust for all blocks"
+    record = str(tmp_path / "run" / "experiments.db")
+    assert len(_children(process, "--database", record)) == 1, "experiments that run elsewhere have no load of ours"
     code, out, errors = _ended(process)
     assert code == 0, errors
     assert _gone(children)
@@ -540,7 +542,11 @@ def test_a_variant_that_answers_errors_ends_it(stand_in: Server, tmp_path: Path)
     code, _, errors = _compare("--url", stand_in.url, *QUICK, "--minutes", "5", "--out", "run", cwd=tmp_path)
     assert code == 1
     assert "HTTP 503 overloaded" in errors
+    assert f"3 rounds are kept in {tmp_path / 'run'}: with that folder `actuary compare --resume`" in errors
     assert len(_whole(tmp_path / "run").rounds) == 3
+    code, _, errors = _compare("--resume", "run", cwd=tmp_path)  # as it is said; the variant is as it was
+    assert (code, "6 rounds are kept" in errors) == (1, True)
+    _whole(tmp_path / "run", 6)
 
 
 def test_resume_refuses_what_is_not_the_run(stand_in: Server, refused: Any, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from actuary import ActuaryError, BadInput
 from loadtest import plan as planning
 from loadtest.compare import cli, ffn, report, server, store, verdict
 from loadtest.compare.design import Visit
-from loadtest.compare.driver import VOID_ROUNDS, Comparison, _State, check_alive
+from loadtest.compare.driver import VOID_ROUNDS, VOID_S, Comparison, _State, check_alive
 from loadtest.compare.generator import Generator, GeneratorDied, Place, Seen
 from loadtest.compare.server import Meter, ServerDied
 from loadtest.compare.workloads import Workload
@@ -89,12 +89,56 @@ def test_where_no_block_of_any_arm_counts_the_input_is_bad(well: bool, kind: typ
     assert type(raised.value) is kind
 
 
-def _facts_of(state: _State, number: int, well: bool) -> list[dict[str, Any]]:
-    """A round whose blocks are void, but for those of all arms except b where those are `well`."""
+SLOW = "client too slow to keep the plan: with users free, p99 of the lateness was 14.1 ms (bound 10 ms)"
+
+
+@pytest.mark.parametrize(
+    ("void", "remedy"),
+    [
+        ("nothing answered: HTTP 503", "the server does not answer that load"),
+        (SLOW, "this machine is too busy"),
+        ("nothing sent", "this machine is too busy"),
+    ],
+)
+def test_it_is_said_why_no_block_counts_what_to_do_and_how_to_go_on(void: str, remedy: str, tmp_path: Path) -> None:
+    state = _state(_comparison(tmp_path))
+    said = ""
+    while not said:
+        state.number += 1
+        try:
+            state._check_void(_facts_of(state, state.number, True, void))
+        except ActuaryError as error:
+            said = str(error)
+    for words in (
+        f"b: {void}",
+        remedy,
+        "--rate",
+        f"{state.number} rounds are kept in {tmp_path}",
+        "--resume",
+        "report",
+    ):
+        assert words in said
+
+
+@pytest.mark.parametrize("void", [SLOW, "nothing sent"])
+def test_a_busy_moment_ends_no_comparison(void: str, tmp_path: Path) -> None:
+    """As long as VOID_S it may last, however many short rounds that is, and as often as it ends before."""
+    state = _state(_comparison(tmp_path))
+    long = int(VOID_S)
+    for number in range(3 * long):
+        state._check_void(_facts_of(state, number, number % long == 0, void, but=""))
+    with pytest.raises(ActuaryError, match=f"of the last {long} rounds"):
+        state._check_void(_facts_of(state, 3 * long, False, void))
+
+
+def _facts_of(
+    state: _State, number: int, well: bool, void: str = "nothing answered: HTTP 503", but: str = "b"
+) -> list[dict[str, Any]]:
+    """A round of 1 s whose blocks are void; where it is `well` those of the arm `but` alone."""
     facts = [
-        {"round": number, "position": position, "arm": arm, "model": arm[0], "began_s": 1.0, "window_s": 1.0,
+        {"round": number, "position": position, "arm": arm, "model": arm[0], "began_s": float(number), "window_s": 1.0,
          "cpu_s": None, "rss_mb": None, "client_cpu_share": 0.1,
-         "void": "" if well and arm != "b" else "nothing answered: HTTP 503"}
+         "void": "" if well and arm != but else void}
         for position, arm in enumerate(state.design.arms)
     ]  # fmt: skip
     state.blocks = pl.concat([state.blocks, store.blocks_of(pl.LazyFrame(schema=store.SAMPLES), facts)])
@@ -155,6 +199,13 @@ def test_blocks_that_do_not_count_are_said_by_arm_and_cause() -> None:
         ("a", "client too slow to keep the plan"): 2,
         ("b", "nothing sent"): 1,
     }
+
+
+def test_that_the_load_stands_in_an_experiments_record_is_said() -> None:
+    kinds = {"gelu": "model", "act": "experiment", "act:again": "experiment"}
+    arms = [{"model": arm.partition(":")[0], "facts": {"object": kind}} for arm, kind in kinds.items()]
+    [said] = cli._of_experiments({"arms": arms})
+    assert said.startswith("act is an experiment: this load stands in its record")
 
 
 @pytest.mark.parametrize("resumed_when", ["over", "missing"])

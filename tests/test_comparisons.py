@@ -30,8 +30,8 @@ from service.comparisons.request import ComparisonRequest
 from service.settings import Settings
 
 PATIENCE_S = 300  # a hang, not a busy machine: Locust's start takes 3 s alone, judging and drawing as long
-# At 5/s a block is of 2 s. On a machine with other work one of 0.15 s, as of a closed loop, may send nothing, and three
-# such rounds end a comparison.
+# At 5/s a block is of 2 s. On a machine with other work one of 0.15 s, as of a closed loop, may send nothing, and its
+# round does not count.
 SHORT = {"variants": ["gelu", "swiglu"], "baseline": "swiglu", "minutes": 0.1, "rate": 5}
 LONG = {**SHORT, "minutes": 30}
 PAIR = {name: TRUTH[name] for name in ("gelu", "swiglu")}
@@ -225,6 +225,22 @@ def test_its_limits_are_those_of_the_command() -> None:
         assert fields[name].default == options[name].default
     for name in ("minutes", "rate", "equivalence"):
         assert (options[name].type.min, options[name].type.min_open) == (0, True)
+
+
+def test_an_experiment_is_no_arm_and_its_record_stays_its_users(comparable: Path, tmp_path: Path) -> None:
+    """It is said why, with what to name instead; its arms are compared as ever, and one that has ended is unknown."""
+    settings = Settings(bundles=comparable, compare=tmp_path / "kept", database=str(tmp_path / "x.db"))
+    with TestClient(create_app(settings)) as client:
+        assert client.put("/v1/experiments/act", json={"arms": {"gelu": 1, "swiglu": 2}}).status_code == 201
+        answer = client.post("/v1/comparisons", json={**SHORT, "variants": ["gelu", "act"], "baseline": "gelu"})
+        assert (answer.status_code, error_of(answer)["param"]) == (422, "variants")
+        for words in ("'act' is an experiment", "as its arms gelu, swiglu", "actuary compare --url"):
+            assert words in error_of(answer)["message"]
+        assert not (tmp_path / "kept").exists()
+        assert sum(arm["exposures"] for arm in client.get("/v1/experiments/act").json()["arms"]) == 0
+        assert client.delete("/v1/experiments/act").status_code == 200
+        answer = client.post("/v1/comparisons", json={**SHORT, "variants": ["gelu", "act"], "baseline": "gelu"})
+        assert answer.status_code == 404
 
 
 @pytest.mark.parametrize("number", ["1e999", "NaN", "Infinity", "1e308"])

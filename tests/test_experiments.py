@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from conftest import HANG_S
 from fastapi.testclient import TestClient
 from scipy import special
@@ -19,8 +20,9 @@ from test_metrics import Scrape
 
 from actuary import BadInput
 from service.app import create_app
+from service.experiments.database import Down
 from service.experiments.definition import Assignment, Definition, read_file
-from service.experiments.store import Down
+from service.experiments.tables import exposures
 from service.settings import Settings
 
 TWO = {"arms": {"gelu": 1, "swiglu": 1}, "baseline": "gelu"}
@@ -304,6 +306,59 @@ def test_one_finds_the_database_that_another_makes(
         assert sum(arm["exposures"] for arm in verdict(one)["arms"]) >= 1
 
 
+def test_exposures_leave_by_the_setting_and_the_verdict_counts_them(
+    bundles: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.experiments.retention.EVERY_S", 0.0)
+    with open_client(bundles, database, max_exposures=5) as client:
+        put(client)
+        for n in range(12):
+            ask(client, f"key {n % 4}")
+        store = client.app.state.service.experiments._store  # type: ignore[attr-defined]
+        soon = time.monotonic() + 20
+
+        def kept() -> int:
+            with store.database.reading() as connection:
+                found: int = connection.execute(sa.select(sa.func.count()).select_from(exposures)).scalar_one()
+            return found
+
+        while verdict(client) and kept() != 5:
+            assert time.monotonic() < soon, kept()
+            time.sleep(0.05)
+        for n in range(4):
+            ask(client, f"key {n}")
+        arms = verdict(client)["arms"]
+        assert sum(arm["exposures"] for arm in arms) == 16
+        assert sum(arm["keys"] for arm in arms) == 4
+
+
+def test_an_answer_that_was_lost_on_the_way_is_not_counted_twice(
+    sqlite_client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database has taken the batch, and is away when it should say so; more has come when it is asked again."""
+    put(sqlite_client)
+    monkeypatch.setattr("service.experiments.recorder.RETRY_S", 0.1)
+    store = sqlite_client.app.state.service.experiments._store  # type: ignore[attr-defined]
+    write, lost = store.write, []
+
+    def loses_its_answer(batch: list[Any], number: int) -> Any:
+        answer = write(batch, number)
+        if len(lost) < 3:
+            lost.append(number)
+            ask(sqlite_client)
+            raise Down("it hung up")
+        return answer
+
+    monkeypatch.setattr(store, "write", loses_its_answer)
+    ask(sqlite_client)
+    soon = time.monotonic() + 10
+    while len(lost) < 3 or sqlite_client.get("/v1/experiments/act").status_code != 200:
+        assert time.monotonic() < soon
+        time.sleep(0.05)
+    assert sum(arm["exposures"] for arm in verdict(sqlite_client)["arms"]) == 4
+    assert lost == [lost[0]] * 3, "the same batch under the same number"
+
+
 # --- models and metrics ---------------------------------------------------------------------------
 
 
@@ -518,7 +573,7 @@ def test_answers_go_on_while_the_database_is_away(sqlite_client: TestClient, mon
     monkeypatch.setattr("service.experiments.recorder.RETRY_S", 0.1)
     monkeypatch.setattr("service.experiments.live.FLUSH_S", 0.2)
 
-    def away(_: object) -> None:
+    def away(*_: object) -> None:
         raise Down("it is away")
 
     monkeypatch.setattr(store, "write", away)
@@ -543,11 +598,11 @@ def test_a_defect_costs_its_batch_alone(sqlite_client: TestClient, monkeypatch: 
     store = sqlite_client.app.state.service.experiments._store  # type: ignore[attr-defined]
     write, failed = store.write, []
 
-    def fails_once(batch: list[Any]) -> None:
+    def fails_once(batch: list[Any], number: int) -> Any:
         if not failed:
             failed.append(len(batch))
             raise KeyError("a defect")
-        write(batch)
+        return write(batch, number)
 
     monkeypatch.setattr(store, "write", fails_once)
     ask(sqlite_client)

@@ -20,7 +20,7 @@ import pytest
 import sqlalchemy as sa
 from conftest import ACTUARY, HANG_S, free_port, serving
 
-from service.experiments.store import Store
+from service.experiments.database import Database
 from service.experiments.tables import exposures
 
 
@@ -38,11 +38,11 @@ def ask(http: httpx.Client, key: str) -> httpx.Response:
 
 def stored(database: str) -> dict[str, tuple[str, int]]:
     """Arm and status of every exposure, by id."""
-    store = Store(database)
-    with store._engine.connect() as connection:
+    opened = Database(database)
+    with opened.reading() as connection:
         query = sa.select(exposures.c.id, exposures.c.variant, exposures.c.status)
         found = {row.id: (row.variant, row.status) for row in connection.execute(query)}
-    store.close()
+    opened.close()
     return found
 
 
@@ -186,6 +186,7 @@ def test_a_database_is_imported_with_the_first_experiment_and_not_before(
         ),
         ({}, ("--key-header", "a b"), "--key-header"),
         ({}, ("--outcome-mb", "-1"), "--outcome-mb"),
+        ({}, ("--max-exposures", "-1"), "--max-exposures"),
     ],
 )
 def test_a_start_that_cannot_be_ends_with_2(

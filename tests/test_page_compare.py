@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import serving
-from kept_comparisons import keep
+from kept_comparisons import SWEPT, keep
 from test_page import By, Keys, WebDriver, all_of, browser, fetched, get, hash_fields, pytestmark, until  # noqa: F401
 
 # The A/A arm of `unfit` differs from its baseline by more than noise, and mish has a void block in all of them.
@@ -22,7 +22,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The folder, and the verdicts of two comparisons that were measured before, by id."""
     folder = tmp_path_factory.mktemp("compare")
     results = {
-        name: keep(folder / name, drawn=name == "fit", **spec) for name, spec in {"fit": {}, "unfit": UNFIT}.items()
+        name: keep(folder / name, drawn=name == "fit", **spec)
+        for name, spec in {"fit": {"swept": SWEPT}, "unfit": UNFIT}.items()
     }
     return {"folder": folder, **results}
 
@@ -129,6 +130,46 @@ def test_the_pictures_are_what_was_found_and_their_tables_say_the_same(page: Web
         ]
     # By TRUTH: nobody is as quick as relu, or predicts as well as swiglu; gelu and mish are beaten by silu in both.
     assert {name for name in dots if name.startswith("<b>")} == {"<b>relu</b>", "<b>silu</b>", "<b>swiglu</b>"}
+
+
+def test_a_sweep_is_drawn_with_each_knee_and_what_was_answered_in_time(page: WebDriver, kept: dict[str, Any]) -> None:
+    open_run(page, "fit")
+    result = kept["fit"]
+    until(page, lambda: page.execute_script("return Boolean(document.getElementById('sweep-plot').data)"))
+    fields = "name, x, y, error: error_x?.array, symbol: marker?.symbol, shown: showlegend !== false"
+    traces = page.execute_script(
+        "return document.getElementById('sweep-plot').data"
+        f".map(({{ name, x, y, error_x, marker, showlegend }}) => ({{ {fields} }}))"
+    )
+    rows = {arm: [row for row in result["sweep"] if row["arm"] == arm] for arm in SWEPT}
+    p99 = {trace["name"].replace(" (A/A)", ":again"): trace for trace in traces if trace["shown"]}
+    assert list(p99) == list(SWEPT)
+    for arm, trace in p99.items():
+        assert [*zip(trace["x"], trace["y"], strict=True)] == [(row["rate"], row["p99_ms"]) for row in rows[arm]]
+        assert ["x-" in symbol for symbol in trace["symbol"]] == [not row["kept_plan"] for row in rows[arm]]
+        good = next(each for each in traces if each["y"] == [row["goodput_per_s"] for row in rows[arm]])
+        assert good["x"] == trace["x"]
+    assert any(not row["kept_plan"] for row in result["sweep"])
+    knees = {arm: knee for arm, knee in result["knee"].items() if knee["rate"] is not None}
+    assert set(SWEPT) - set(knees) == {"relu"}
+    marks = [trace for trace in traces if str(trace["symbol"]).startswith("diamond")]
+    assert [(mark["x"], mark["y"]) for mark in marks] == [([knee["rate"]], [40.0]) for knee in knees.values()]
+    assert [mark["error"][0] for mark in marks] == [
+        pytest.approx(knee["high"] - knee["rate"]) for knee in knees.values()
+    ]
+
+    table = cells(page, "sweep-table")
+    assert list(table) == [*list(SWEPT)[:-1], "gelu (A/A)"]
+    assert float(table["mish"][0]) == pytest.approx(result["knee"]["mish"]["rate"], rel=1e-3)
+    assert table["relu"][:2] == [f"above {0.7 * 310:g}", "–"]
+    assert float(table["gelu"][2]) == pytest.approx(result["goodput"]["gelu"]["per_s"], rel=1e-3)
+    page.find_element(By.CSS_SELECTOR, "#sweep .readout summary").send_keys(Keys.ENTER)
+    until(page, lambda: len(all_of(page, "#sweep .readout tbody tr")) == len(result["sweep"]))
+    first = [cell.text for cell in all_of(page, "#sweep .readout tbody tr:first-child :is(th, td)")]
+    assert (first[0], float(first[1]), first[6]) == ("gelu", 90.0, "yes")
+    assert len(all_of(page, "#sweep .save")) == 3
+    open_run(page, "unfit")
+    until(page, lambda: not all_of(page, "#sweep"))
 
 
 def test_every_round_is_drawn_and_listed_and_a_void_block_says_why(page: WebDriver, comparing_url: str) -> None:
@@ -238,7 +279,8 @@ def test_nothing_scrolls_sideways_on_a_phone(page: WebDriver, name: str) -> None
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
     try:
         open_run(page, name)
-        until(page, lambda: page.execute_script("return Boolean(document.getElementById('frontier-plot').data)"))
+        last = "sweep-plot" if name == "fit" else "frontier-plot"
+        until(page, lambda: page.execute_script(f"return Boolean(document.getElementById('{last}').data)"))
         assert page.execute_script("return document.documentElement.scrollWidth") <= 390
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

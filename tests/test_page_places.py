@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import serving
+from kept_comparisons import SWEPT
 from kept_comparisons import keep as keep_comparison
 from kept_studies import CHARTS, COLUMNS, EPOCHS, ROWS, keep
 from test_page import By, Keys, WebDriver, all_of, browser, fetched, get, hash_fields, pytestmark, until  # noqa: F401
@@ -34,7 +35,7 @@ TABS = 400  # more than any place has
 def url(bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One service for the file, with studies and a comparison that were kept."""
     folder = tmp_path_factory.mktemp("places")
-    keep_comparison(folder / "compare" / "fit")
+    keep_comparison(folder / "compare" / "fit", swept=SWEPT)
     activations = json.loads((bundles / "activations.json").read_text())["activations"]
     keep(folder / "studies", {each["name"]: each["record_digest"] for each in activations})
     with serving(bundles, "--compare", str(folder / "compare"), "--studies", str(folder / "studies")) as (address, _):
@@ -61,7 +62,7 @@ def open_place(page: WebDriver, url: str, place: str) -> None:
         "studies": "document.querySelector('#studies-list a')",
         "study": "document.getElementById('chart-boundary')?.data",
         "moons": "document.getElementById('moons-relu')?.data",
-        "compare": "document.getElementById('rounds-plot')?.data && document.getElementById('frontier-plot')?.data",
+        "compare": "document.getElementById('rounds-plot')?.data && document.getElementById('sweep-plot')?.data",
     }
     condition = ready[place if place in ready else place.partition("?")[0]]
     until(page, lambda: page.execute_script(f"return Boolean({condition})"))
@@ -652,6 +653,7 @@ def test_a_damaged_chart_leaves_the_rest_of_its_study(page: WebDriver, url: str)
         ("activations", "slope"),
         ("moons", "moons-relu"),
         ("compare", "comparison-rounds"),
+        ("compare", "comparison-sweep"),
     ],
 )
 def test_charts_of_the_other_places_are_saved_too(page: WebDriver, url: str, place: str, readout: str) -> None:

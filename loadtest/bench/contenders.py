@@ -66,6 +66,7 @@ class Contender:
         """Args: folder: artifacts/bench-serve; ops: our fused operators."""
         if self.ours:
             python = [sys.executable, "-m", "actuary", "serve", "--provider", "cpu", "--ops", str(ops)]
+            python += ["--database", str(folder / "experiments.db")]  # there are none; elsewhere some may run
             return [*python, "--bundles", str(folder / self.model), "--port", str(port), "--threads", str(self.threads)]
         python = [str(python_of(folder, self.engine)), str(RIVALS / f"serve_{self.engine}.py")]
         sizes = ["--streams", str(self.streams), "--threads", str(self.threads)]

@@ -147,6 +147,9 @@ def _measured(
                 progress,
                 stop,
             )
+            for sentence in [] if resumed else _of_experiments(run):
+                comparison.said.append(sentence)
+                progress.say(sentence)
             ended = measure(comparison, _settled(run))
             said = _and_then(comparison, arguments) if ended != "interrupted" else []
             said = [*comparison.said, *said]  # what no round that was kept has said
@@ -282,6 +285,16 @@ def _run(
         "workload": workload.facts(),
         "arguments": arguments,
     }
+
+
+def _of_experiments(run: dict[str, Any]) -> list[str]:
+    """What whoever names one should know."""
+    asked = dict.fromkeys(arm["model"] for arm in run["arms"] if arm["facts"].get("object") == "experiment")
+    return [
+        f"{model} is an experiment: this load stands in its record, each request as of a key of its own; where users "
+        "ask for it, its verdict is of both"
+        for model in asked
+    ]
 
 
 def _check_same(run: dict[str, Any], served: dict[str, dict[str, object]]) -> None:

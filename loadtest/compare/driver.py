@@ -32,6 +32,8 @@ from loadtest.samples import KEPT_SHARE, too_slow
 DIGITS = 6  # of a second, in a round's facts
 GONE_S = 5.0  # in which a process that has hung up has ended
 VOID_ROUNDS = 3  # in a row in which an arm's block does not count end a comparison
+VOID_S = 15.0  # and as long, where the client was too slow: three rounds of short blocks are one busy second
+NOTHING_SENT = "nothing sent"
 
 
 Settled = Callable[[pl.DataFrame], bool]
@@ -164,7 +166,7 @@ class _State:
         last = kept.rounds[-1].get("window", self.number - 1) if kept.rounds else -1
         self.window = self.design.next_window(last + 1, comparison.workload)
         self.origin = 0.0  # of the run's clock, by time.monotonic
-        self.void_in_a_row = dict.fromkeys(self.design.arms, 0)
+        self.void_in_a_row = {arm: list[float]() for arm in self.design.arms}  # when each of those blocks began
 
     def load(self, settled: Settled) -> str:
         """From one start of Locust to its end."""
@@ -242,16 +244,46 @@ class _State:
         BadInput where no block of any arm ever counted: that server, or that load, is no comparison's.
         """
         for block in facts:
-            arm = block["arm"]
-            self.void_in_a_row[arm] = self.void_in_a_row[arm] + 1 if block["void"] else 0
-        never = [block for block in facts if self.void_in_a_row[block["arm"]] >= VOID_ROUNDS]
+            row = self.void_in_a_row[block["arm"]]
+            if block["void"]:
+                row.append(block["began_s"])
+            else:
+                row.clear()
+        never = [block for block in facts if self._is_hopeless(block)]
         if never:
             reasons = "; ".join(f"{block['arm']}: {block['void']}" for block in never)
+            least = min(len(self.void_in_a_row[block["arm"]]) for block in never)
             kind = ActuaryError if (self.blocks["void"] == "").any() else BadInput
             raise kind(
-                f"of the last {VOID_ROUNDS} rounds no block counts of {reasons}; "
-                f"{self.number} rounds are kept in {self.comparison.folder}"
+                f"of the last {least} rounds no block counts of {reasons}\n"
+                f"{remedy([block['void'] for block in never])}\n"
+                f"{self.number} rounds are kept in {self.comparison.folder}: with that folder `actuary compare "
+                "--resume` goes on, and `actuary report` judges those that count"
             )
+
+    def _is_hopeless(self, block: dict[str, Any]) -> bool:
+        row = self.void_in_a_row[block["arm"]]
+        if len(row) < VOID_ROUNDS:
+            return False
+        return not of_this_machine(block["void"]) or block["began_s"] + block["window_s"] - row[0] >= VOID_S
+
+
+def of_this_machine(void: str) -> bool:
+    """Whether a block does not count because of the client, which a busy moment makes slow; else it is the server."""
+    return void.startswith("client") or void == NOTHING_SENT
+
+
+def remedy(voids: Sequence[str]) -> str:
+    """What to do where blocks do not count for these reasons."""
+    if all(map(of_this_machine, voids)):
+        return (
+            "this machine is too busy to send that load: stop what else runs and go on, or begin anew with less of it "
+            "(--rate, --users), longer blocks (--block), or workers on other machines (--workers with --master)"
+        )
+    return (
+        "the server does not answer that load: see what its log says and go on, or begin anew with less of it (--rate, "
+        "--users), more time (--timeout), or without that variant (--variants)"
+    )
 
 
 def check_alive(comparison: Comparison, seen: Seen) -> None:
@@ -296,7 +328,7 @@ def why_void(rows: Sequence[dict[str, Any]], visit: Visit) -> str:
     measured = [row for row in rows if not row["settling"]]
     failed = [row["failure"] for row in measured if row["failure"]]
     if len(failed) == len(measured):
-        return f"nothing answered: {failed[0]}" if failed else "nothing sent"
+        return f"nothing answered: {failed[0]}" if failed else NOTHING_SENT
     if len(failed) > (1 - KEPT_SHARE) * len(measured):
         return f"{len(failed)} of {len(measured)} requests failed: {failed[0]}"
     return too_slow([row["late_ms"] for row in measured if not row["starved"]]) if visit.open else ""

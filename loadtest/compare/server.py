@@ -53,7 +53,8 @@ class OwnServer:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "actuary", "serve", "--bundles", str(bundles), "--port", str(port)]
-        command += ["--ops", str(ops)] if ops else []
+        # Experiments that run elsewhere are not to have this load in their records.
+        command += ["--database", str(folder / "experiments.db"), *(["--ops", str(ops)] if ops else [])]
         # Its settings are the defaults and what stands in this comparison's command, not those of another server.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ACTUARY_")}
         root = str(Path(__file__).parents[2])

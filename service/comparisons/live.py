@@ -22,6 +22,7 @@ import actuary
 from service.comparisons.request import ComparisonRequest
 from service.comparisons.runs import ASKED, Json, Runs
 from service.errors import ApiError
+from service.experiments.live import Experiments
 from service.library import Library
 
 LOG = "compare.log"
@@ -34,9 +35,10 @@ OFF = "comparisons are off here; start the service with --compare DIR, the folde
 class Comparisons:
     """Those of a folder, and the one that runs. To be used on the event loop."""
 
-    def __init__(self, folder: Path | None, library: Library) -> None:
+    def __init__(self, folder: Path | None, library: Library, experiments: Experiments) -> None:
         self.runs = Runs(folder.absolute()) if folder else None
         self._library = library
+        self._experiments = experiments
         self._starting = asyncio.Lock()
         self._child: asyncio.subprocess.Process | None = None
         self._running: str | None = None  # its id
@@ -65,7 +67,7 @@ class Comparisons:
         """Begin one against the service at `url`, this one; 409 where one runs."""
         if self.why_not:
             self._refuse(self.why_not)
-        asked.check(self._library)
+        asked.check(self._library, self._experiments.arms)
         async with self._starting:
             await self._check_alone()
             now = datetime.datetime.now(datetime.UTC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,9 +46,17 @@ class ComparisonRequest(Request):
     rate: Positive | None = Field(None, description="Poisson arrivals per second, in place of a closed loop.")
     equivalence: float = Field(0.02, gt=0, lt=1, description="A difference that does not matter, as a share.")
 
-    def check(self, library: Library) -> None:
-        """ApiError where the service does not have what is named."""
+    def check(self, library: Library, experiments: Mapping[str, Collection[str]]) -> None:
+        """ApiError where the service does not have what is named, or it is an experiment; of these the arms."""
         for name in self.variants:
+            if name in experiments:
+                raise Invalid(
+                    f"{name!r} is an experiment: the load would stand in its record as if it were its users', and its "
+                    f"shadows would have copies of it; name variants, as its arms {', '.join(experiments[name])}. What "
+                    "an experiment itself costs is measured with one that is made for that, at a terminal: actuary "
+                    "compare --url URL --variants VARIANT,EXPERIMENT",
+                    "variants",
+                )
             library.one(name)
         if self.baseline is not None and self.baseline not in self.variants:
             known = ", ".join(self.variants)

@@ -6,7 +6,9 @@ exposure.py     one request that an experiment answers: its arm, its times, its 
 outcomes.py     rows kept for a while, so that the token that really came gives an exact log loss
 shadow.py       a copy of the traffic to variants that never answer
 recorder.py     a bounded queue and the one thread that writes it
-store.py        the database: tables.py, migrations/
+database.py     SQLite or PostgreSQL, opened: tables.py, migrations/
+store.py        records in, sums out
+retention.py    what leaves the database, and changes no verdict
 confidence.py   sums to sequentially valid intervals
 verdict.py      sums to the answer of GET /v1/experiments/NAME
 routes.py       HTTP

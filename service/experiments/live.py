@@ -39,6 +39,7 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.experiments.recorder import Recorder
+    from service.experiments.retention import Retention
     from service.experiments.store import Row, Store
 
 log = logging.getLogger("actuary.service")
@@ -69,6 +70,7 @@ class Experiments:
         self._lock = threading.Lock()  # one change of what runs at a time
         self._store: Store | None = None
         self._recorder: Recorder | None = None
+        self._retention: Retention | None = None
         self._started = False
         self._looking: asyncio.Task[None] | None = None  # for a database that is not there yet
         self._refreshed = 0.0
@@ -82,14 +84,14 @@ class Experiments:
             self._begin_all(self._open(), definitions)
 
     def _begin_all(self, store: Store, definitions: Sequence[Definition]) -> None:
-        from service.experiments.store import Down
+        from service.experiments.database import Down
 
         try:
             for definition in definitions:
                 store.begin(definition.name, definition.as_json())
             self._refresh(store)
         except Down as error:
-            raise BadInput(f"--database {store.shown} does not answer: {error}") from None
+            raise BadInput(f"--database {store.database.shown} does not answer: {error}") from None
 
     def start(self) -> None:
         self._started = True
@@ -114,7 +116,7 @@ class Experiments:
             recorder.close()
         store, self._store = self._store, None
         if store:
-            store.close()
+            store.database.close()
 
     async def _look(self) -> None:
         """Another process may make the database's file, and begin experiments in it."""
@@ -231,6 +233,11 @@ class Experiments:
         """Blocks."""
         return self._verdict(self._one(name))
 
+    @property
+    def arms(self) -> dict[str, tuple[str, ...]]:
+        """Of each that runs."""
+        return {name: tuple(running.definition.arms) for name, running in self._running.items()}
+
     def summaries(self) -> list[dict[str, Any]]:
         """What runs, for the list of models."""
         return [self.summary(running) for running in self._running.values()]
@@ -257,7 +264,7 @@ class Experiments:
         return self._running[model].definition.baseline if model in self._running else model
 
     def _verdict(self, running: Running) -> dict[str, Any]:
-        from service.experiments.store import Down
+        from service.experiments.database import Down
 
         try:
             assert self._store
@@ -310,23 +317,28 @@ class Experiments:
             return running
 
     def _open(self) -> Store:
+        from service.experiments.database import Database
         from service.experiments.store import Store
 
-        self._store = Store(self._settings.database)
+        self._store = Store(Database(self._settings.database))
         return self._store
 
     def _record(self, store: Store) -> None:
         from service.experiments.recorder import Recorder
+        from service.experiments.retention import Retention
 
+        self._retention = Retention(store.database, self._settings.max_exposures)
         self._recorder = Recorder(store, self.counters, self._tick)
         self._engine.on_work = self._shadows.give_way
         self._shadows.start()
 
     def _tick(self) -> None:
-        """In the recorder's thread: what other processes on this database have changed."""
+        """In the recorder's thread: what other processes on this database have changed; what may leave it."""
         if time.monotonic() - self._refreshed > REFRESH_S and self._store:
             with self._lock:
                 self._refresh(self._store)
+        if self._retention:
+            self._retention.tick()
 
     def _refresh(self, store: Store) -> None:
         """What runs here, by the database."""
@@ -352,7 +364,7 @@ class Experiments:
 
 
 def _as_api_error(error: Exception) -> Exception:
-    from service.experiments.store import Down
+    from service.experiments.database import Down
 
     return _away(error) if isinstance(error, Down) else error
 

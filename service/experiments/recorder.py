@@ -14,8 +14,9 @@ from collections.abc import Callable
 from time import monotonic
 
 from service.experiments.counters import Counters
+from service.experiments.database import BUSY_S, Down
 from service.experiments.records import Record
-from service.experiments.store import BUSY_S, Down, Store
+from service.experiments.store import Store
 
 log = logging.getLogger("actuary.service")
 
@@ -33,6 +34,8 @@ class Recorder:
         self._counters = counters
         self._tick = tick
         self._waiting: deque[Record] = deque()
+        self._batch: list[Record] = []  # what is being written, or whether it was is not known
+        self._number = 0  # of that batch
         self._wanted = threading.Event()
         self._progress = threading.Condition()
         self._added = self._settled = 0  # settled: written, or lost once they waited
@@ -45,7 +48,7 @@ class Recorder:
 
     def add(self, record: Record) -> bool:
         """Have it written; False where too many wait, and it is lost. On the event loop, or a shadow's thread."""
-        if len(self._waiting) >= MOST_WAITING:
+        if self._added - self._settled >= MOST_WAITING:
             self._counters.lost()
             self._lost += 1
             return False
@@ -78,7 +81,7 @@ class Recorder:
             self._wanted.wait(pause_s)
             self._wanted.clear()
             try:
-                while self._waiting:
+                while self._batch or self._waiting:
                     self._write()
                     self._up()
                 self._tick()
@@ -91,23 +94,30 @@ class Recorder:
                 pause_s = min(RETRY_S, 2 * pause_s)
             except Exception:
                 log.exception("the experiments' thread failed, and goes on")
-            if self._ends is not None and (not self._waiting or monotonic() > self._ends):
+            if self._ends is not None and (not (self._batch or self._waiting) or monotonic() > self._ends):
                 return
             if self._ends is not None:
                 pause_s = EVERY_S
 
     def _write(self) -> None:
-        batch = [self._waiting.popleft() for _ in range(min(AT_ONCE, len(self._waiting)))]
+        """A batch; after Down the very same again, by its number."""
+        if not self._batch:
+            self._batch = [self._waiting.popleft() for _ in range(min(AT_ONCE, len(self._waiting)))]
+            self._number += 1
+        batch = self._batch
         try:
-            self._store.write(batch)
+            late = self._store.write(batch, self._number)
         except Down:
-            self._waiting.extendleft(reversed(batch))
             raise
         except Exception:  # a defect of ours: the same again would fail again, and hold up all others
             log.exception("%d experiment records are lost", len(batch))
             self._counters.lost(len(batch))
         else:
-            self._counters.stored(len(batch))
+            self._counters.stored(len(batch) - late)
+            if late:
+                log.error("%d experiment records are lost: they are of experiments that ended a day ago or more", late)
+                self._counters.lost(late)
+        self._batch = []
         with self._progress:
             self._settled += len(batch)
             self._progress.notify_all()

@@ -6,8 +6,10 @@
     shadows       what a shadow would have said
     key_sums      per key and measure: how many values, and their sum; only of requests that have a key
     arm_sums      per arm and measure: what service/experiments/confidence.py takes
+    writers       per process that ever wrote: the number of its last batch
 
-The sums are kept up with each batch that is written, so that a verdict reads a few rows however long it has run.
+The sums are kept up with each batch that is written, so that a verdict reads a few rows however long it has run, and
+exposures, outcomes and shadows are not needed for it. service/experiments/retention.py says what leaves, and when.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ exposures = Table(
     Column("status", SmallInteger, nullable=False),
     *_columns(Integer, "prompt_tokens", "generated_tokens"),
     *_columns(Float, "prepare_ms", "queue_ms", "infer_ms", "total_ms"),
+    Index("exposures_at", "at"),
 )
 outcomes = Table(
     "outcomes",
@@ -54,6 +57,7 @@ outcomes = Table(
     Column("prompt_index", Integer, primary_key=True, autoincrement=False),
     Column("token", Integer, nullable=False),
     *_columns(Float, "log_loss", "at"),
+    Index("outcomes_at", "at"),
 )
 shadows = Table(
     "shadows",
@@ -62,6 +66,7 @@ shadows = Table(
     Column("variant", String(128), primary_key=True),
     Column("same_top", SmallInteger, nullable=False),
     *_columns(Float, "kl", "sum_abs_dp", "infer_ms", "at"),
+    Index("shadows_at", "at"),
 )
 key_sums = Table(
     "key_sums",
@@ -82,4 +87,10 @@ arm_sums = Table(
     Column("against", String(128), primary_key=True),
     Column("keys", BigInteger, nullable=False),
     *_columns(Float, "n", "s", "ss", "sn", "nn"),
+)
+writers = Table(
+    "writers",
+    metadata,
+    Column("writer", String(32), primary_key=True),
+    Column("number", BigInteger, nullable=False),
 )

@@ -3,7 +3,7 @@
 import { axis, colour, config, css, plotly, shell } from "./charts.js";
 import { milliseconds, percent } from "./text.js";
 
-const AGAIN = ":again";
+export const AGAIN = ":again"; // the baseline a second time, the machine's own check
 // Shapes tell the outcomes apart without their colours.
 const OUTCOMES = {
   slower: ["--slower", "triangle-right"], faster: ["--faster", "triangle-left"],
@@ -20,6 +20,9 @@ export function hue(arm, arms) {
   const model = arm.endsWith(AGAIN) ? arm.slice(0, -AGAIN.length) : arm;
   return colour(model, arms.indexOf(model));
 }
+
+/** An arm as a person reads it. */
+export const named = (arm) => (arm.endsWith(AGAIN) ? `${arm.slice(0, -AGAIN.length)} (A/A)` : arm);
 
 /** Each arm's p50 over the baseline's with its interval, largest on top, the A/A arm last; the margin is shaded. */
 export async function forest(element, arms, { baseline, aa, margin }) {
@@ -61,7 +64,7 @@ function whiskers(row, { ratio, low, high }, variable, symbol, said) {
   };
 }
 
-const bar = (below, above, color, thickness) =>
+export const bar = (below, above, color, thickness) =>
   ({ type: "data", symmetric: false, array: [above], arrayminus: [below], color, thickness, width: 5 });
 
 /** Bits per byte of held-out text against p50, both better when lower; a staircase joins those whom nobody beats. */
@@ -156,7 +159,7 @@ export async function rounds(element, { rounds: count, arms, p50_ms: p50, void: 
   const Plotly = await plotly();
   const none = new Set(gone.map(({ round, arm }) => `${round} ${arm}`));
   const traces = arms.map((arm) => ({
-    type: "scatter", mode: count < 40 ? "lines+markers" : "lines", name: arm.replace(AGAIN, " (A/A)"),
+    type: "scatter", mode: count < 40 ? "lines+markers" : "lines", name: named(arm),
     x: Array.from({ length: count }, (_, i) => i + 1),
     y: p50[arm].map((value, round) => (none.has(`${round} ${arm}`) ? null : value)),
     line: { color: css(hue(arm, arms)), width: count < 100 ? 1.8 : 1, dash: arm.endsWith(AGAIN) ? "dot" : "solid" },
@@ -176,7 +179,7 @@ export async function rounds(element, { rounds: count, arms, p50_ms: p50, void: 
 }
 
 /** An axis on which one stall does not flatten all else; an ordinary one where there is none. */
-function latencies(values) {
+export function latencies(values) {
   const low = Math.min(...values) * 0.9, high = Math.max(...values) * 1.1;
   if (!(high > 3 * low)) return {};
   const digits = high > 12 * low ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 8];

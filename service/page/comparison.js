@@ -4,9 +4,9 @@ import { reportOf } from "./api.js";
 import * as charts from "./compare-charts.js";
 import { byId, h } from "./dom.js";
 import { figures, readout, scrollable } from "./readout.js";
+import * as sweep from "./sweep.js";
 import { interval, milliseconds, percent, when } from "./text.js";
 
-const AGAIN = ":again"; // the baseline a second time, the machine's own check
 const ROUNDS_LISTED = 200;
 
 let drawn = ""; // what the article was built for
@@ -67,6 +67,7 @@ function article(found, stop) {
     over && exhibit("frontier", "What quality costs",
       "Further left answers sooner, further down predicts held-out text better. The filled, on the dotted line, are " +
       "beaten by nobody in both. Bars are intervals; a variant trained once has none for its quality."),
+    over && sweep.exhibit(result, models),
     exhibit("rounds", "Round by round",
       "p50 of each block, in ms. What slows all of a round alike cancels in the verdict; dashed is the baseline’s " +
       "second block."),
@@ -136,8 +137,8 @@ function follow({ progress }) {
 /** The pictures of what was found, and their tables. */
 async function verdict({ result, progress, models }) {
   // Taken now: another comparison may stand here when Plotly has come.
-  const [differences, differencesTable, quality, qualityTable] =
-    ["forest-plot", "forest-table", "frontier-plot", "frontier-table"].map(byId);
+  const [differences, differencesTable, quality, qualityTable, swept] =
+    ["forest-plot", "forest-table", "frontier-plot", "frontier-table", "sweep-plot"].map(byId);
   const arms = [...result.arms].filter(({ p50 }) => p50).sort((a, b) => b.p50.ratio - a.p50.ratio);
   differencesTable.replaceChildren(figures(
     ["variant", "p50", "p99", "inference"],
@@ -155,6 +156,7 @@ async function verdict({ result, progress, models }) {
       [model, ms ? milliseconds(ms * ratio) : percent(ratio), bits.toFixed(4), best ? "yes" : ""])));
   await charts.forest(differences, arms, result);
   if (!why) await charts.frontier(quality, points, models, result.baseline, ms);
+  await sweep.draw(swept, result, models);
 }
 
 /** The variants whose quality and latency are known, fastest first, and which of them nobody beats in both. */
@@ -199,7 +201,7 @@ async function rounds(progress) {
     ? h("abbr", { title: why.get(`${round} ${arm}`) }, "void") : number(p50[arm][round]);
   const known = counted(progress);
   const listed = Array.from({ length: Math.min(progress.rounds, ROUNDS_LISTED) }, (_, i) => progress.rounds - 1 - i);
-  const heading = (arm) => h("span", { class: "key", style: `--key: var(${charts.hue(arm, arms)})` }, name(arm));
+  const heading = (arm) => h("span", { class: "key", style: `--key: var(${charts.hue(arm, arms)})` }, charts.named(arm));
   byId("rounds-table").replaceChildren(figures(["round", ...arms.map(heading)], [
     ["median", ...arms.map((arm) => number(median(known[arm])))],
     ...listed.map((round) => [round + 1, ...arms.map((arm) => cell(arm, round))]),
@@ -208,4 +210,3 @@ async function rounds(progress) {
 }
 
 const number = (value) => (value == null ? "–" : milliseconds(value));
-const name = (arm) => (arm.endsWith(AGAIN) ? `${arm.slice(0, -AGAIN.length)} (A/A)` : arm);

@@ -1,4 +1,4 @@
-"""What Alembic runs: the changes, on the connection and in the transaction of service/experiments/store.py."""
+"""What Alembic runs: the changes, on the connection and in the transaction of service/experiments/database.py."""
 
 from __future__ import annotations
 
