@@ -84,8 +84,8 @@ def tuning_table(trained: Trained) -> Table:
         "Which rate",
         ("activation", *(f"{rate:g}" for rate in rates), "chosen", ""),
         rows,
-        "Bits per byte of training text, the mean of the last fifth of the tuning. Blank: not tried, as a "
-        "further rate is where the best one is the outermost, and nowhere else.",
+        "Bits per byte of training text, the mean of the last fifth of the tuning. Blank: not tried; past "
+        "those that all were tried at, a rate is tried only next to a best one that is the outermost.",
     )
 
 
