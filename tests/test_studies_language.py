@@ -437,6 +437,17 @@ def test_a_run_that_diverged_is_kept_as_that(corpus, tmp_path, batches):
     assert len(batches) == done
 
 
+def test_one_that_diverged_counts_as_done(corpus, tmp_path):
+    """It ends at its first report of 24 steps; the bar comes to its end all the same."""
+    wild = dataclasses.replace(RECIPE, matrix_lr=1e30, vector_lr=1e30, clip_norm=1e30)
+    shares: list[float] = []
+    trainings = Trainings(corpus, tmp_path, 1, lambda what, share: shares.append(share))
+    trainings.expected_steps = 2 * RECIPE.steps
+    trainings.get([(Variant("relu2"), wild)])
+    trainings.get([(Variant("gelu"), RECIPE)])
+    assert shares[-1] == 1
+
+
 def test_a_damaged_run_says_what_to_do(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(language_runs.BadInput, match=r"run\.json cannot be read .* delete it"):
