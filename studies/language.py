@@ -82,21 +82,21 @@ def study(names: Sequence[str], plan: Plan, trainings: Trainings) -> Finding:
     corpus, recipe = trainings.corpus, next(iter(plan.sizes.values()))
     first = next(iter(sizes.values()))
     verdict, sentence = judge(list(sizes.values()))
-    edge = at_edge(trained, plan)
+    edge = at_edge(trained)
     steps = sorted({recipe.steps for recipe in plan.sizes.values()})
     sentence += f" Trained for {' and '.join(map(str, steps))} steps."  # early leads may not last
     return Finding(
         verdict=verdict,
-        sentence=sentence + edge_sentence(trained, plan) + of_few(plan.seeds),
+        sentence=sentence + edge_sentence(trained) + of_few(plan.seeds),
         figures=[figure for size in sizes.values() for figure in size.figures()],
         settings={
             "sizes (layers x dim)": {size: _shape(recipe) for size, recipe in plan.sizes.items()},
             "seeds": plan.seeds,
             "trained for": f"{_minutes(trained):.0f} minutes in all, by each training's clock, choosing rates left out",
-            "rates": f"{', '.join(f'{rate:g}' for rate in plan.rates)} for the matrices: of each activation the one "
-            f"with the least loss on training text after {TUNING_SHARE:g} of the steps at the first size, from seed "
-            f"{TUNING_SEED}, which is not measured; at other sizes it falls as 1 / dim",
-            "rates at the grid's edge": f"{len(edge)} of {len(names)}: {', '.join(edge)}" if edge else "none",
+            "rates": f"{', '.join(f'{rate:g}' for rate in plan.rates)} for the matrices{_outward(plan)}: of each "
+            f"activation the one with the least loss on training text after {TUNING_SHARE:g} of the steps at the first "
+            f"size, from seed {TUNING_SEED}, which is not measured; at other sizes it falls as 1 / dim",
+            "rates at the edge of those tried": f"{len(edge)} of {len(names)}: {', '.join(edge)}" if edge else "none",
             "corpus": f"Python's standard library, {corpus.train_bytes / 1e6:.2f} MB to train on and "
             f"{corpus.held_out_bytes / 1e3:.0f} kB held out, sha256 {corpus.sha256[:16]}",
             "pairing": "the batches of a seed are the same for every activation",
@@ -104,7 +104,7 @@ def study(names: Sequence[str], plan: Plan, trainings: Trainings) -> Finding:
                 name: round(value, 3) for name, value in corpus.yardsticks(recipe.vocab).items()
             },
         },
-        tables=[*map(order_table, sizes.values()), *published_tables(sizes), tuning_table(trained, plan)],
+        tables=[*map(order_table, sizes.values()), *published_tables(sizes), tuning_table(trained)],
         charts=[*difference_charts(list(sizes.values())), *curve_charts(list(sizes.values())[-1])],
         data={
             "digests": {name: registry()[name].digest for name in names},
@@ -115,6 +115,12 @@ def study(names: Sequence[str], plan: Plan, trainings: Trainings) -> Finding:
             },
         },
     )
+
+
+def _outward(plan: Plan) -> str:
+    if not plan.further or len(plan.rates) < 2:
+        return ""
+    return f", and while the best is the outermost the next one outward, {plan.further} at most on either side"
 
 
 def _minutes(trained: Trained) -> float:

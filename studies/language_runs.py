@@ -1,6 +1,7 @@
 """Trains what the study of language compares: every activation, at each size, from each seed.
 
-    tuning      activation x rate, one seed, shorter, at the first size       -> each activation's rate
+    tuning      activation x rate, one seed, shorter, at the first size       -> each activation's rate;
+                where the best rate is the outermost, the next one outward too
     measuring   activation x size x seed, at that rate                        -> Runs
 
 A run is a file that is named by the digest of all that decides it (recipe, seed, corpus, formula), so nothing is
@@ -11,7 +12,6 @@ training text, from a seed that is not measured: held-out text chooses nothing.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -39,8 +39,9 @@ class Plan:
 
     Args:
         sizes: recipe by name; the first is the one at which rates are chosen.
-        rates: peak rates of the matrices to choose from.
+        rates: peak rates of the matrices that every activation is tried at, rising; of one alone nothing is chosen.
         seeds: how many, from `first_seed`.
+        further: rates past either end of them, at most, where an activation is best at that end.
         train_every, held_out_every: one document in this many is used.
     """
 
@@ -50,6 +51,7 @@ class Plan:
     train_every: int = 1
     held_out_every: int = 1
     first_seed: int = 0
+    further: int = 3
 
     def corpus(self, whole: Corpus) -> Corpus:
         if self.train_every == self.held_out_every == 1:
@@ -118,7 +120,7 @@ def train_run(
     work = kept / "unfinished" / path.stem
     check_writable(path.parent)
     check_writable(work)
-    name = f"{variant.name}, {recipe.layers} x {recipe.dim}, rate {recipe.matrix_lr:g}, {recipe.steps} steps"
+    name = _shown(variant, recipe)
 
     with (work / CURVE).open("a", encoding="utf-8") as file:
 
@@ -136,6 +138,11 @@ def train_run(
     mark = fingerprint(variant, recipe, corpus.sha256)
     write_atomically(path, json.dumps({**outcome, "curve": sorted(_curve(work / CURVE).items()), "recipe": mark}))
     shutil.rmtree(work)
+
+
+def _shown(variant: Variant, recipe: Recipe) -> str:
+    """What progress calls a training: no two of a plan alike."""
+    return f"{variant.name}, {recipe.layers} x {recipe.dim}, rate {recipe.matrix_lr:g}, {recipe.steps} steps"
 
 
 def _curve(path: Path) -> dict[int, float]:
@@ -170,11 +177,12 @@ class Trainings:
             if read_run(path) is None:
                 missing.append((variant, recipe, self.corpus, self.kept))
             else:
-                self._done[path.stem] = recipe.steps
+                self._done[_shown(variant, recipe)] = recipe.steps
         if missing:
             failures = run_jobs(missing, self.workers, self._show, train_run)
             if any(isinstance(failure, Stopped) for failure in failures):
                 raise KeyboardInterrupt
+        self._done |= {_shown(variant, recipe): recipe.steps for variant, recipe in asked}  # one that diverged too
         return [run for path in paths if (run := read_run(path))]
 
     def _show(self, progress: Progress) -> None:
@@ -203,7 +211,8 @@ class Trained:
     """All that a plan asks for.
 
     Args:
-        tuned: activation -> rate -> what the tuning ended with, bits per byte of training text; infinite: diverged.
+        tuned: activation -> rate, rising -> what its tuning ended with, bits per byte of training text; infinite:
+            diverged. Activations may have been tried at different rates.
         rate: activation -> the rate that was chosen.
         runs: size -> activation -> one Run a seed.
     """
@@ -213,21 +222,54 @@ class Trained:
     runs: dict[str, dict[str, list[Run]]]
 
 
+def best_rate(tuned: Mapping[float, float]) -> float:
+    """The rate of the least loss; of equals the lowest: what diverges everywhere is tried lower."""
+    return min(sorted(tuned), key=tuned.__getitem__)
+
+
+def outermost(tuned: Mapping[float, float]) -> bool:
+    """Whether the best rate has no worse one beyond it, so that a better one may lie there."""
+    return len(tuned) > 1 and best_rate(tuned) in (min(tuned), max(tuned))
+
+
+def next_rate(tuned: Mapping[float, float], plan: Plan) -> float | None:
+    """The rate to try now: past the best where that is outermost, by the grid's own factor; None: no more are tried."""
+    if not outermost(tuned):
+        return None
+    rates, best = sorted(plan.rates), best_rate(tuned)
+    end, inner = (rates[-1], rates[-2]) if best == max(tuned) else (rates[0], rates[1])
+    # To 6 digits, as rates are written: where another plan's grid names that rate, it is the same run.
+    past = [float(f"{end * (end / inner) ** k:.6g}") for k in range(1, plan.further + 1)]
+    return next((rate for rate in past if rate not in tuned), None)
+
+
+def tune(names: Sequence[str], plan: Plan, trainings: Trainings) -> dict[str, dict[float, float]]:
+    """Each activation at the plan's rates, and at the next one outward for as long as the best is the outermost."""
+    tuned: dict[str, dict[float, float]] = {name: {} for name in names}
+    if len(plan.rates) < 2:
+        return tuned
+    steps = tuning_recipe(plan, plan.rates[0]).steps
+    measured_steps = trainings.expected_steps
+    asked = [(name, rate) for name in names for rate in plan.rates]
+    all_asked, left = 0, plan.further * len(names)
+    while asked:
+        all_asked += len(asked)
+        # With as many as may still come: fewer later, never more, so that the share that is done only grows.
+        trainings.expected_steps = measured_steps + steps * (all_asked + left)
+        runs = trainings.get([(Variant(name, seed=TUNING_SEED), tuning_recipe(plan, rate)) for name, rate in asked])
+        for (name, rate), run in zip(asked, runs, strict=True):
+            tuned[name][rate] = run.last
+        asked = [(name, past) for name in names if (past := next_rate(tuned[name], plan)) is not None]
+        left = sum(plan.further + len(plan.rates) - len(tuned[name]) - 1 for name, _ in asked)
+    trainings.expected_steps = measured_steps + steps * all_asked
+    return {name: dict(sorted(of.items())) for name, of in tuned.items()}
+
+
 def train_plan(names: Sequence[str], plan: Plan, trainings: Trainings) -> Trained:
     """Chooses each activation's rate, then trains it at each size from each seed."""
-    tuning = [
-        (Variant(name, seed=TUNING_SEED), tuning_recipe(plan, rate))
-        for name in names
-        for rate in (plan.rates if len(plan.rates) > 1 else ())
-    ]
-    measured_steps = sum(recipe.steps for recipe in plan.sizes.values()) * plan.seeds * len(names)
-    trainings.expected_steps = measured_steps + sum(recipe.steps for _, recipe in tuning)
-    tuned: dict[str, dict[float, float]] = {name: {} for name in names}
-    if tuning:
-        for (variant, recipe), run in zip(tuning, trainings.get(tuning), strict=True):
-            tuned[variant.activation][recipe.matrix_lr] = run.last
-    choose = functools.partial(min, default=plan.rates[0])
-    rate = {name: float(choose(tuned[name], key=tuned[name].__getitem__)) for name in names}
+    trainings.expected_steps = sum(recipe.steps for recipe in plan.sizes.values()) * plan.seeds * len(names)
+    tuned = tune(names, plan, trainings)
+    rate = {name: best_rate(tuned[name]) if tuned[name] else plan.rates[0] for name in names}
     asked = [
         (Variant(name, seed=seed), at_rate(plan, recipe, rate[name]), size)
         for seed in range(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
-from studies.language_runs import Plan, Run, Trained
+from studies.language_runs import Run, Trained, outermost
 from studies.language_sizes import ORDER, PUBLISHED, REFERENCE, Size
 from studies.ranking import LEVEL, groups, rank_correlation
 from studies.study import Cell, Chart, Line, Table
@@ -54,36 +54,38 @@ def order_table(size: Size) -> Table:
     )
 
 
-def at_edge(trained: Trained, plan: Plan) -> dict[str, float]:
-    """The activations whose rate the grid does not bracket, and that rate."""
-    ends = (min(plan.rates), max(plan.rates))
-    return {name: rate for name, rate in trained.rate.items() if len(plan.rates) > 1 and rate in ends}
+def at_edge(trained: Trained) -> dict[str, float]:
+    """The activations whose rate is the outermost of those they were tried at, and that rate."""
+    return {name: rate for name, rate in trained.rate.items() if outermost(trained.tuned[name])}
 
 
-def edge_sentence(trained: Trained, plan: Plan) -> str:
+def edge_sentence(trained: Trained) -> str:
     """What the verdict's sentence owes to rates that were not bracketed; empty where all were."""
-    edge = at_edge(trained, plan)
+    edge = at_edge(trained)
     if not edge:
         return ""
     claimed = dict.fromkeys(name for pair in ORDER for name in pair)
     among = ", ".join(name for name in claimed if name in edge)
     return (
-        f" The rates of {len(edge)} of {len(trained.rate)} activations lie at the grid's edge"
+        f" The rates of {len(edge)} of {len(trained.rate)} activations lie at the edge of those tried"
         f"{f', of {among} too' if among else ''}: a better one may lie past it."
     )
 
 
-def tuning_table(trained: Trained, plan: Plan) -> Table:
+def tuning_table(trained: Trained) -> Table:
+    """A row for each activation; its cells are blank at rates that others were tried at, and it was not."""
     rows: list[list[Cell]] = []
-    edge = at_edge(trained, plan)
+    edge = at_edge(trained)
+    rates = sorted({rate for tuned in trained.tuned.values() for rate in tuned})
     for name, rate in trained.rate.items():
-        ends: list[Cell] = [_shown(trained.tuned[name].get(each)) for each in plan.rates]
-        rows.append([name, *ends, f"{rate:g}", "at the grid's edge" if name in edge else ""])
+        ends: list[Cell] = [_shown(trained.tuned[name].get(each)) for each in rates]
+        rows.append([name, *ends, f"{rate:g}", "at the edge" if name in edge else ""])
     return Table(
         "Which rate",
-        ("activation", *(f"{rate:g}" for rate in plan.rates), "chosen", ""),
+        ("activation", *(f"{rate:g}" for rate in rates), "chosen", ""),
         rows,
-        "Bits per byte of training text, the mean of the last fifth of the tuning.",
+        "Bits per byte of training text, the mean of the last fifth of the tuning. Blank: not tried; past "
+        "those that all were tried at, a rate is tried only next to a best one that is the outermost.",
     )
 
 

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from studies.language_runs import Plan, Run, Trained, Trainings, at_rate, read_r
 from studies.language_shown import at_edge, edge_sentence, order_table, smoothed, tuning_table
 from studies.language_sizes import NARANG, ORDER, SHAZEER, Size, judge
 from studies.ranking import Noise, differences, groups, holm, noise, rank_correlation
-from studies.study import Finding, Options
+from studies.study import Cell, Finding, Options
 
 RECIPE = Recipe(steps=24, batch=2, layers=1, dim=16, heads=1, context=16, vocab=300)
 OTHER_SEED = 7001  # of none that the study trains
@@ -197,23 +199,130 @@ def test_one_seed_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_rates_that_the_grid_does_not_bracket_are_said():
-    tuned = {name: {3e-3: 2.0, 6e-3: 1.9, 1.2e-2: 1.8} for name in ("relu", "gelu", "tanh")}
-    plan = Plan({}, (3e-3, 6e-3, 1.2e-2), 2)
-    trained = Trained(tuned, {"relu": 1.2e-2, "gelu": 6e-3, "tanh": 3e-3}, {})
-    assert at_edge(trained, plan) == {"relu": 1.2e-2, "tanh": 3e-3}
-    assert edge_sentence(trained, plan).startswith(
-        " The rates of 2 of 3 activations lie at the grid's edge, of relu too:"
+def test_rates_that_are_not_bracketed_are_said():
+    """Each by the rates it was tried at itself; tanh's best is where another's lies inside."""
+    tuned = {
+        "relu": {3e-3: 2.0, 6e-3: 1.9, 1.2e-2: 1.8},
+        "gelu": {3e-3: 2.0, 6e-3: 1.9, 1.2e-2: 1.8, 2.4e-2: math.inf},
+        "tanh": {1.5e-3: 1.7, 3e-3: 1.8, 6e-3: 1.9},
+    }
+    trained = Trained(tuned, {"relu": 1.2e-2, "gelu": 1.2e-2, "tanh": 1.5e-3}, {})
+    assert at_edge(trained) == {"relu": 1.2e-2, "tanh": 1.5e-3}
+    assert edge_sentence(trained).startswith(
+        " The rates of 2 of 3 activations lie at the edge of those tried, of relu too:"
     )
-    assert [row[-1] for row in tuning_table(trained, plan).rows] == ["at the grid's edge", "", "at the grid's edge"]
-    inside = dataclasses.replace(trained, rate=dict.fromkeys(tuned, 6e-3))
-    assert edge_sentence(inside, plan) == ""
+    table = tuning_table(trained)
+    assert table.columns == ("activation", "0.0015", "0.003", "0.006", "0.012", "0.024", "chosen", "")
+    assert table.rows == [
+        ["relu", None, "2.000", "1.900", "1.800", None, "0.012", "at the edge"],
+        ["gelu", None, "2.000", "1.900", "1.800", "diverged", "0.012", ""],
+        ["tanh", "1.700", "1.800", "1.900", None, None, "0.0015", "at the edge"],
+    ]
+    inside = Trained({"gelu": tuned["gelu"]}, {"gelu": 1.2e-2}, {})
+    assert edge_sentence(inside) == ""
 
 
 def test_a_curve_is_a_mean_over_seeds_and_stretches():
     of = [Run(1.0, 1.0, tuple((step, step + shift) for step in range(4))) for shift in (0.0, 2.0)]
     assert smoothed(of, points=2) == [(0.5, 1.5), (2.5, 3.5)]
     assert smoothed(runs(None)) == []
+
+
+# --- rates -----------------------------------------------------------------------------------------------------------
+
+GRID = (3e-3, 6e-3, 1.2e-2)
+
+
+class Made:
+    """In the place of Trainings: what is asked for ended at once, with the bits per byte of a formula of its rate."""
+
+    def __init__(self, bits: dict[str, Callable[[float], float]]) -> None:
+        self.bits, self.expected_steps = bits, 0
+        self.asked: list[tuple[Variant, Recipe]] = []
+        self.shares: list[float] = []
+
+    def get(self, asked: list[tuple[Variant, Recipe]]) -> list[Run]:
+        found = []
+        for variant, recipe in asked:
+            bits = self.bits[variant.activation](recipe.matrix_lr)
+            self.asked.append((variant, recipe))
+            self.shares.append(sum(recipe.steps for _, recipe in self.asked) / self.expected_steps)
+            diverged = "" if math.isfinite(bits) else "it diverged"
+            found.append(Run(None if diverged else bits, 1.0, ((1, bits),), diverged))
+        return found
+
+
+def about(best: float) -> Callable[[float], float]:
+    """Least at `best`, and more by as much for each doubling away from it."""
+    return lambda rate: 2 + abs(math.log2(rate / best))
+
+
+def tried(bits: dict[str, Callable[[float], float]], **plan: Any) -> tuple[Trained, Made]:
+    made = Made(bits)
+    return language_runs.train_plan(list(bits), Plan({"a": RECIPE}, GRID, 2, **plan), made), made
+
+
+def test_the_rate_is_followed_until_it_is_bracketed():
+    """Past either end, each activation by itself: the first worse rate ends it."""
+    found, made = tried({"relu": about(2.4e-2), "gelu": about(1.5e-3), "silu": about(6e-3)})
+    assert {name: list(of) for name, of in found.tuned.items()} == {
+        "relu": [3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2],
+        "gelu": [7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2],
+        "silu": [3e-3, 6e-3, 1.2e-2],
+    }
+    assert found.rate == {"relu": 2.4e-2, "gelu": 1.5e-3, "silu": 6e-3}
+    assert at_edge(found) == {}
+    assert len(set(made.asked)) == len(made.asked) == 5 + 5 + 3 + 3 * 2
+    measured = {(variant.name, recipe.matrix_lr) for variant, recipe in made.asked if recipe.steps == RECIPE.steps}
+    assert {rate for name, rate in measured if name.startswith("relu")} == {2.4e-2}
+
+
+def test_rates_end_at_the_bound_and_that_is_said():
+    found, _ = tried({"relu": lambda rate: 3 - rate, "gelu": lambda rate: 3 + rate}, further=2)
+    assert list(found.tuned["relu"]) == [*GRID, 2.4e-2, 4.8e-2]
+    assert list(found.tuned["gelu"]) == [7.5e-4, 1.5e-3, *GRID]
+    assert at_edge(found) == {"relu": 4.8e-2, "gelu": 7.5e-4}
+    assert "2 of 2 activations lie at the edge of those tried, of relu, gelu too" in edge_sentence(found)
+    none_further, _ = tried({"relu": lambda rate: 3 - rate}, further=0)
+    assert list(none_further.tuned["relu"]) == list(GRID)
+    assert at_edge(none_further) == {"relu": 1.2e-2}
+
+
+def test_the_best_at_the_bound_is_not_bracketed_and_one_before_it_is():
+    found, _ = tried({"relu": about(9.6e-2), "gelu": about(4.8e-2)}, further=3)
+    assert list(found.tuned["relu"]) == list(found.tuned["gelu"]) == [*GRID, 2.4e-2, 4.8e-2, 9.6e-2]
+    assert at_edge(found) == {"relu": 9.6e-2}
+
+
+def test_one_that_diverges_at_the_next_rate_is_bracketed():
+    found, _ = tried({"relu": lambda rate: 3 - rate if rate < 2e-2 else math.inf})
+    assert found.tuned["relu"] == {3e-3: 2.997, 6e-3: 2.994, 1.2e-2: 2.988, 2.4e-2: math.inf}
+    assert found.rate == {"relu": 1.2e-2}
+    assert at_edge(found) == {}
+
+
+def test_one_that_diverges_on_the_whole_grid_is_tried_lower():
+    found, _ = tried({"relu": lambda rate: 3 - rate if rate < 1e-3 else math.inf})
+    assert list(found.tuned["relu"]) == [3.75e-4, 7.5e-4, 1.5e-3, *GRID]
+    assert found.rate == {"relu": 7.5e-4}
+    assert at_edge(found) == {}
+    nowhere, _ = tried({"relu": lambda rate: math.inf})
+    assert at_edge(nowhere) == {"relu": 3.75e-4}
+
+
+def test_further_rates_are_those_of_a_wider_grid():
+    """To the last bit, since a run is named by its rate: what one plan trained is not trained again by another."""
+    found, _ = tried({"relu": lambda rate: 3 - rate, "gelu": lambda rate: 3 + rate})
+    assert {2.4e-2, 1.5e-3} < {rate for tuned in found.tuned.values() for rate in tuned}
+    thirds = Plan({}, (0.001, 0.003), 2)
+    assert language_runs.next_rate({0.001: 2.0, 0.003: 1.0}, thirds) == 0.009
+    assert language_runs.next_rate({0.001: 1.0, 0.003: 2.0}, thirds) == 0.000333333
+
+
+def test_progress_only_grows_and_ends_at_the_whole():
+    _, made = tried({"relu": about(2.4e-2), "gelu": about(6e-3), "silu": lambda rate: math.inf})
+    assert made.shares == sorted(made.shares)
+    assert made.shares[-1] == 1
 
 
 # --- trainings -------------------------------------------------------------------------------------------------------
@@ -329,6 +438,17 @@ def test_a_run_that_diverged_is_kept_as_that(corpus, tmp_path, batches):
     assert len(batches) == done
 
 
+def test_one_that_diverged_counts_as_done(corpus, tmp_path):
+    """It ends at its first report of 24 steps; the bar comes to its end all the same."""
+    wild = dataclasses.replace(RECIPE, matrix_lr=1e30, vector_lr=1e30, clip_norm=1e30)
+    shares: list[float] = []
+    trainings = Trainings(corpus, tmp_path, 1, lambda what, share: shares.append(share))
+    trainings.expected_steps = 2 * RECIPE.steps
+    trainings.get([(Variant("relu2"), wild)])
+    trainings.get([(Variant("gelu"), RECIPE)])
+    assert shares[-1] == 1
+
+
 def test_a_damaged_run_says_what_to_do(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(language_runs.BadInput, match=r"run\.json cannot be read .* delete it"):
@@ -362,7 +482,9 @@ def test_a_finding_of_tiny_trainings(corpus, tmp_path):
     found = language.study(names, plan, trainings)
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
-    assert len(list((tmp_path / "runs").iterdir())) == 4 * 2 + 4 * 2 * 2
+    tuned = found.tables[-1].rows
+    assert len(list((tmp_path / "runs").iterdir())) == sum(map(tunings, tuned)) + 4 * 2 * 2
+    assert max(map(tunings, tuned)) > 2  # of two rates the better one is an outermost: further ones are trained
     again = language.study(names, plan, trainings)
     assert again == found
     text = store.to_json(store.record(language.CLAIM, found, True, 2, 1.0, 24))
@@ -371,10 +493,8 @@ def test_a_finding_of_tiny_trainings(corpus, tmp_path):
     assert found.sentence.endswith(" 2 seeds say little of the spread.")
     assert found.tables[0].note.endswith("a difference that is none, not 5 %.")
     assert document.drawings(record)
-    bits = [
-        read_run(run_file(Variant("relu", seed=OTHER_SEED + n), recipe_of(plan, tmp_path, corpus, n), corpus, tmp_path))
-        for n in range(2)
-    ]
+    chosen = dataclasses.replace(RECIPE, matrix_lr=float(tuned[names.index("relu")][-2]))
+    bits = [read_run(run_file(Variant("relu", seed=OTHER_SEED + n), chosen, corpus, tmp_path)) for n in range(2)]
     mean = record.finding.data["bits_per_byte"]["relu"]
     assert mean["mean"] == pytest.approx(sum(run.bits_per_byte for run in bits) / 2, rel=1e-5)
     assert mean["seeds"] == 2
@@ -391,13 +511,9 @@ def test_other_steps_are_another_run():
     assert not any(cli._same(record, "language", **asked | other) for other in ({"steps": None}, {"steps": 60}))
 
 
-def recipe_of(plan: Plan, kept: Path, corpus: Corpus, n: int) -> Recipe:
-    """The size `a` at whichever rate was chosen."""
-    for rate in plan.rates:
-        recipe = dataclasses.replace(plan.sizes["a"], matrix_lr=rate)
-        if run_file(Variant("relu", seed=OTHER_SEED + n), recipe, corpus, kept).is_file():
-            return recipe
-    raise AssertionError("no run of relu")
+def tunings(row: Sequence[Cell]) -> int:
+    """Of a row of the tuning table, as many as were tried."""
+    return sum(cell is not None for cell in row[1:-2])
 
 
 def test_reports_of_two_processes_carry_their_rate(corpus, tmp_path):
