@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ _CACHE_OUTPUTS = {bundle.PRESENT: ("float", 3)}
 
 WIDE_TOKENS = (1, 16, 64)  # of the prompts that are timed on one core and on all
 WIDE_ROUNDS, WIDE_S = 7, 0.1  # how often at least, and for how long: others' busy moments last as long
+PAUSE_S = 0.002  # before each: between two requests the cores sleep, and waking them is part of a run
 WIDE_GAIN = 0.9  # of the time on one core: for less, a second session is not worth its memory
 ROW_BYTES = 3 * 4  # for each token of the vocabulary: logit, softmax, sigmoid
 
@@ -276,6 +277,7 @@ def _wide_is_faster(variant: Variant, tokens: int) -> bool:
     began = perf_counter()
     while len(taken[False]) < WIDE_ROUNDS or perf_counter() - began < WIDE_S:
         for wide, times in taken.items():
+            sleep(PAUSE_S)
             start = perf_counter()
             variant.run(prompt, 1, wide)
             times.append(perf_counter() - start)
