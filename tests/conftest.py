@@ -146,9 +146,11 @@ def actuary_here(
     In a process of its own it takes six seconds of the processor to import torch and transformers.
     """
     from actuary import main
+    from models.corpus import Corpus
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(tmp_path)
+        Corpus._cached.cache_clear()  # of folders that are relative to where the program runs
         capsys.readouterr()
         before = signal.getsignal(signal.SIGTERM)
         try:
