@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -296,14 +297,18 @@ def test_a_defect_of_ours_is_counted_too(client: TestClient, monkeypatch: pytest
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="process metrics are read from /proc")
 def test_a_real_process_tells_its_memory_and_the_clients_that_left(bundles: Path) -> None:
-    with serving(bundles) as (url, process), httpx.Client(base_url=url) as http:
+    with serving(bundles, "--max-prompts", "1000") as (url, process), httpx.Client(base_url=url) as http:
         resident = Scrape(http)("process_resident_memory_bytes")
         assert resident == pytest.approx(psutil.Process(process.pid).memory_info().rss, rel=0.2)
         assert Scrape(http)("process_cpu_seconds_total") > 0
-        body = {"model": "*", "prompt": [[1] * 32] * 64, "top_k": 0}
+        models = len(http.get("/v1/models").json()["data"])
+        draw = random.Random(0)
         deadline = time.monotonic() + LIMIT_S
         while not Scrape(http)("actuary_requests_total", route="/v1/next-token", status="499"):
             assert time.monotonic() < deadline, "no request was ever left in time"
+            # Many, and in no cache: what is answered within 50 ms is not watched for who leaves.
+            prompts = [[draw.randrange(300) for _ in range(32)] for _ in range(1000 // models)]
+            body = {"model": "*", "prompt": prompts, "top_k": 0}
             with contextlib.suppress(httpx.ReadTimeout):  # where this process waits longer than that, it is answered
                 httpx.post(f"{url}/v1/next-token", json=body, timeout=httpx.Timeout(5, read=0.001))
 
