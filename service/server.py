@@ -15,6 +15,7 @@ import uvicorn
 from service.app import Service, create_app
 from service.settings import Settings
 
+ARRIVED_S = 0.05  # for what had reached the machine when it was told to stop: to be taken, and then to be read
 DRAIN_S = 5  # past a request's longest wait, when what still generates is given up: so long to say so
 
 
@@ -34,8 +35,15 @@ class _Server(uvicorn.Server):
             _announce(self._service, sockets[0].getsockname()[1])
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Before uvicorn cuts off what is still answered, the engine ends it with an error that clients can read."""
+        """Before uvicorn cuts off what is still answered, the engine ends it with an error that clients can read.
+
+        uvicorn by itself closes connections that it has not taken, and those of which it has read no request yet.
+        """
         asyncio.get_running_loop().call_later(self._service.settings.timeout_s, self._service.engine.give_up)
+        await asyncio.sleep(ARRIVED_S)
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(ARRIVED_S)
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

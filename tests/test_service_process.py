@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -179,25 +180,43 @@ def test_a_full_queue_is_429_with_retry_after(bundles: Path) -> None:
         assert ask(url).status_code == 200
 
 
+def asked(url: str, **body: object) -> HTTPConnection:
+    """A connection with a request on it: the machine has all of it, whether the server has taken it yet or not."""
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=HANG_S)
+    connection.request("POST", "/v1/next-token", json.dumps(body), {"content-type": "application/json"})
+    return connection
+
+
 def test_sigterm_finishes_what_is_queued(bundles: Path) -> None:
     """Requests that were taken are answered in full, later ones find nobody, and the process ends with 0."""
     slow = ("--max-batch-tokens", "1", "--timeout-s", "300")
-    with serving(bundles, *slow) as (url, process), ThreadPoolExecutor() as pool, httpx.Client(base_url=url) as http:
-
-        def one(n: int) -> httpx.Response:
-            body = {"model": "*", "prompt": different(32 * n + 32)[-32:], "top_k": 300}
-            return httpx.post(f"{url}/v1/next-token", json=body, timeout=300)
-
-        answers = [pool.submit(one, n) for n in range(2)]
-        waiting(http, 20)
+    with serving(bundles, *slow) as (url, process), httpx.Client(base_url=url) as client:
+        callers = [asked(url, model="*", prompt=different(32 * n + 32)[-32:], top_k=300) for n in range(2)]
+        waiting(client, 20)
         process.send_signal(signal.SIGTERM)
-        for answer in answers:
-            response = answer.result(timeout=300)
-            assert response.status_code == 200
-            assert len(response.json()["results"]) == 96
+        for caller in callers:
+            answer = caller.getresponse()
+            assert answer.status == 200
+            assert len(json.load(answer)["results"]) == 96
         assert process.wait(timeout=HANG_S) == 0
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/health")
+
+
+def test_sigterm_answers_what_had_arrived(bundles: Path) -> None:
+    """A request on a new connection, and one on a connection that was there, while the server could look at neither."""
+    with serving(bundles) as (url, process):
+        there = HTTPConnection(url.removeprefix("http://"), timeout=HANG_S)
+        there.request("GET", "/health")
+        assert there.getresponse().read()
+        process.send_signal(signal.SIGSTOP)
+        there.request("GET", "/health")
+        new = asked(url, model="gelu", prompt="if x is not")
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)  # so that its watch for signals, every 0.1 s, is due before it reads
+        process.send_signal(signal.SIGCONT)
+        assert [there.getresponse().status, new.getresponse().status] == [200, 200]
+        assert process.wait(timeout=HANG_S) == 0
 
 
 @pytest.mark.parametrize("moment", ["service.server.create_app", "uvicorn.Config.get_loop_factory"])
