@@ -25,18 +25,20 @@ from service.metrics import EngineMetrics
 from service.prefix_cache import PrefixCache
 from service.schedule import LANE_TOKENS, Batch, Schedule
 from service.sequence import Done, Job, Reader, Sequence, Waiter
-from service.variant import Row, Rows, Variant
+from service.variant import Piece, Row, Rows, Variant
 
 __all__ = ["Done", "Engine", "Job", "Reader", "Row", "Rows"]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Run:
     """A batch that a lane computes."""
 
     variant: Variant
     tokens: int
     wide: bool
+    goes_on: bool  # the lane may go on by itself with the tokens that all of its sequences generate
+    taken: int = 0  # steps that it has gone on after, and that the event loop knows of
 
 
 Answer = Row | int | None | Exception  # the row itself, a reader's next token, nothing, or what went wrong
@@ -222,7 +224,10 @@ class Engine:
             self.metrics.dropped(reason, 1)
         if not sequence.waiters:
             sequence.left = reason
-            if not sequence.running:
+            if sequence.running:
+                for run in self._running.values():
+                    run.goes_on = False
+            else:
                 self._schedules[waiter.job.variant].remove(sequence)
                 self._forget(sequence)
         self._wake()
@@ -250,6 +255,8 @@ class Engine:
             for sequence in self._unfinished:
                 for waiter in sequence.waiters:
                     waiter.fail(error)
+            for run in self._running.values():
+                run.goes_on = False
             self._unfinished.clear()  # nothing of the schedules, whose state is unknown, is touched again
             raise
 
@@ -257,8 +264,16 @@ class Engine:
         self._pumping = False
         while not self._broken and self._free and (batch := self._next_batch()):
             self._run_batch(batch, self._is_wide(batch))
+        self._look_after_lanes()
         if not (self._open or self._unfinished):
             self._drained.set()
+
+    def _look_after_lanes(self) -> None:
+        """Those that go on by themselves stop where others wait, and where all cores have become free for one."""
+        waits = any(self._schedules.values())
+        for run in self._running.values():
+            narrow = len(self._running) == 1 and not run.wide and run.variant.faster_wide(run.tokens)
+            run.goes_on = run.goes_on and not (waits or narrow)
 
     @property
     def _free(self) -> int:
@@ -300,11 +315,18 @@ class Engine:
         loop = asyncio.get_running_loop()
         self._batches += 1
         number = self._batches
-        self._running[number] = _Run(batch[0][0].job.variant, _tokens(batch), wide)
+        run = _Run(batch[0][0].job.variant, _tokens(batch), wide, all(sequence.prefilled for sequence, _ in batch))
+        self._running[number] = run
 
         def in_a_lane() -> None:
-            computed = _compute(batch, schedule, wide)
-            loop.call_soon_threadsafe(self._guarded, self._ended, number, batch, schedule, computed)
+            step, steps = batch, 0
+            while step:
+                computed = _compute(step, schedule, wide)
+                # A loop that is too busy to have taken in the step before this one is not left further behind.
+                following = _next_step(step, computed) if run.goes_on and run.taken == steps else []
+                handle = self._went_on if following else self._ended
+                loop.call_soon_threadsafe(self._guarded, handle, number, step, schedule, computed)
+                step, steps = following, steps + 1
 
         self._threads.submit(in_a_lane)
         if schedule.cache:
@@ -313,6 +335,19 @@ class Engine:
     def _populate(self, cache: PrefixCache) -> None:
         if slots := cache.ahead():
             self._memory.submit(cache.populate, slots)
+
+    def _went_on(self, number: int, batch: Batch, schedule: Schedule, computed: Computed) -> None:
+        """A lane has computed a token of each, and computes the next already."""
+        if self._broken:
+            return
+        start, answers, end = computed
+        run = self._running[number]
+        run.taken += 1
+        self._count(batch, end - start, run)
+        for (sequence, piece), answer in zip(batch, answers, strict=True):
+            assert isinstance(answer, int)
+            schedule.computed(sequence, piece)
+            sequence.ids.append(answer)
 
     def _ended(self, number: int, batch: Batch, schedule: Schedule, computed: Computed | Exception) -> None:
         run = self._running.pop(number)
@@ -401,6 +436,21 @@ def _compute(batch: Batch, schedule: Schedule, wide: bool) -> Computed | Excepti
         )
     except Exception as error:
         return error
+
+
+def _next_step(batch: Batch, computed: Computed | Exception) -> Batch:
+    """The tokens that its sequences gave, all of which generate; empty where one of them does not go on."""
+    if isinstance(computed, Exception):
+        return []
+    following: Batch = []
+    for (sequence, piece), answer in zip(batch, computed[1], strict=True):
+        known = piece.past.size + len(piece.ids)
+        if not (isinstance(answer, int) and piece.slots.size and known < sequence.job.tokens):
+            return []
+        # Its slots stay as they are from the end of its prompt to its own.
+        slots = sequence.slots
+        following.append((sequence, Piece([answer], slots[:known], slots[known : known + 1], 1)))
+    return following
 
 
 def _answer(sequence: Sequence, rows: Rows) -> Answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from threading import current_thread
 
 import pytest
@@ -120,10 +121,60 @@ def test_generation_does_not_keep_other_variants_waiting() -> None:
         for _ in range(5):
             before = len(log)
             await engine.run([job(other, 3)])
-            assert [name for name, _, _ in log[before:]].index("b") <= 2
+            # After the step that runs, and at most two that the lane goes on with before the event loop looks again.
+            assert [name for name, _, _ in log[before:]].index("b") <= 3
         await long
 
     play(scene, slots=CONTEXT)
+
+
+def test_a_lane_goes_on_with_what_generates_and_is_never_far_ahead_of_the_event_loop() -> None:
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        readers = [Counting(50), Counting(40)]
+        both = await start(engine, [Job(variant, [n], reader=r, max_tokens=50) for n, r in enumerate(readers)])
+        await until(lambda: len(log) > 2)
+        before = len(log)
+        time.sleep(0.1)  # the event loop is busy
+        assert len(log) - before <= 3
+        await both
+        assert [reader.seen[-1] for reader in readers] == [[0, *range(500, 550)], [1, *range(500, 540)]]
+        assert len(log) == 51
+        assert engine._batches < 40, "not a batch of its own for each token"
+
+    play(scene, slots=CONTEXT)
+
+
+def test_a_lane_stops_soon_after_the_last_caller_has_left() -> None:
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        reader = Counting(900)
+        long = await start(engine, [Job(variant, [1], reader=reader, max_tokens=900)])
+        await until(lambda: len(log) > 2)
+        long.cancel()
+        await asyncio.wait([long])
+        before = len(log)
+        await until(lambda: engine.idle)
+        assert len(log) - before <= 3
+
+    play(scene, slots=CONTEXT)
+
+
+def test_a_lane_that_goes_on_alone_gives_way_to_all_of_them_where_that_is_faster() -> None:
+    async def scene(engine: Engine, variant: Gated, log: Log) -> None:
+        other = Gated("b", log)
+        other.gate.clear()
+        held = await start(engine, [job(other, 3)])
+        await until(lambda: len(log) == 1)
+        variant._wide = True
+        reader = Counting(200)
+        long = await start(engine, [Job(variant, [1], reader=reader, max_tokens=200)])
+        await until(lambda: len(log) > 5)
+        other.gate.set()
+        await asyncio.gather(held, long)
+        narrow = variant.ran_wide.index(True)
+        assert variant.ran_wide == [False] * narrow + [True] * (201 - narrow)
+        assert len(reader.seen) == 201
+
+    play(scene, slots=CONTEXT, lanes=2)
 
 
 def test_one_prompt_of_many_callers_is_computed_once() -> None:
