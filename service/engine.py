@@ -3,11 +3,12 @@
     done = await engine.run([Job(variant, ids, top_k), ...])
 
 The life of a job: admitted or refused with 429; its variant's turn comes, since they take turns; a batch of tokens is
-formed (service/schedule.py) and computed by a lane, a thread that runs sessions of one core; its rows go to its reader,
-whose token makes it ready for another batch, or it is done. Two lanes carry more than one run on two cores
-(docs/log.md); only a batch that is alone takes all of them, where that was measured to be faster. A prompt that waits
-or is computed already is not computed again for another caller. The event loop goes on reading requests, which are
-the next batches.
+formed (service/schedule.py) and computed by a lane, a thread that runs sessions of one core; its rows go to its
+reader, whose token makes it ready for another batch, or it is done. Two lanes carry more than one run on two cores
+(docs/log.md); only a batch that is alone takes all of them, where that was measured to be faster. A lane whose
+sequences all generate goes on with their next tokens by itself, until one of them ends or somebody waits: else each
+token would wait for the event loop to wake, and for the lane to wake again. A prompt that waits or is computed already
+is not computed again for another caller. The event loop goes on reading requests, which are the next batches.
 """
 
 from __future__ import annotations
