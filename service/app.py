@@ -14,6 +14,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from service import assets, errors
 from service.comparisons.live import Comparisons
@@ -21,7 +22,7 @@ from service.comparisons.routes import router as comparisons_router
 from service.completions import complete
 from service.completions_schema import CompletionAnswer, CompletionRequest
 from service.engine import Engine
-from service.errors import ApiError
+from service.errors import ApiError, Invalid
 from service.events import EventStream, stream
 from service.experiments.live import Experiments
 from service.experiments.routes import router as experiments_router
@@ -143,7 +144,15 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError) and error.status_code in (404, 405):
         error.detail = f"{request.method} {errors.shown(request.url.path)} is not offered; /docs lists what is"
+    if error.status_code == 405 and (methods := _methods(request)):
+        error.headers = {"Allow": ", ".join(sorted(methods))}  # the framework names those of the first route there
     return errors.answer(error, request.url.path)
+
+
+def _methods(request: Request) -> set[str]:
+    """Those that a path has, over all of its routes."""
+    routes = (route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE)
+    return {method for route in routes for method in getattr(route, "methods", None) or ()}
 
 
 async def _on_bad_request(request: Request, error: Exception) -> Response:
@@ -288,6 +297,12 @@ aliases = APIRouter(include_in_schema=False)  # where vLLM has what is also unde
 @v1.get("/tokenizer_info", response_model=TokenizerInfo, responses=_pick(404, 422))
 async def get_tokenizer_info(request: Request, model: str = "*") -> Response:
     """The special tokens and sizes of a variant's tokenizer; without `model`, of the one that all share."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    for name in names:
+        if name != "model":
+            raise Invalid(f"unknown parameter {errors.shown(name)}; known: model{errors.nearest(name, ['model'])}")
+    if len(names) > 1:
+        raise Invalid(f"model is given {len(names)} times; give it once", "model")
     model = _service(request).experiments.tokenizer_of(model)
     return _body(_named(request, [model]).tokens.info(model))
 

@@ -47,7 +47,7 @@ def _json(content: object, status: int = 200) -> Response:
 
 async def _fields(request: Request) -> Any:
     """The body, in which no object names a thing twice."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Invalid("the body was not read: send it with `content-type: application/json`")
     try:
         return loads(await request.body())
