@@ -20,6 +20,9 @@ MOST_RATE = 1_000_000  # at 1e308 a block's arrivals are planned for ever
 MOST_MINUTES = 7 * 24 * 60
 
 
+TwoOrMore = Annotated[list[str], Field(min_length=2, json_schema_extra={"uniqueItems": True})]
+
+
 def _variants(value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise PydanticCustomError("variants", "must be a list of names")
@@ -40,7 +43,7 @@ class ComparisonRequest(Request):
         json_schema_extra={"examples": [{"variants": ["gelu", "swiglu"], "baseline": "gelu", "minutes": 3, "users": 4}]}
     )
 
-    variants: Annotated[list[str], PlainValidator(_variants, json_schema_input_type=list[str])]
+    variants: Annotated[list[str], PlainValidator(_variants, json_schema_input_type=TwoOrMore)]
     baseline: str | None = Field(None, description="What the others are compared with; the first, if not given.")
     minutes: float = Field(5.0, gt=0, le=MOST_MINUTES, description="Of load at most.")
     users: int | None = Field(None, ge=1, le=10_000, description="At once, in a closed loop; 4, if not given.")
