@@ -220,7 +220,7 @@ async def post_score(asked: ScoreRequest, request: Request) -> Response:
     return _timed(request, await unless_gone(request, work))
 
 
-_STREAMED = {"text/event-stream": {"schema": {"type": "string"}, "example": "data: {...}\n\ndata: [DONE]\n\n"}}
+_STREAMED = {"text/event-stream": {"example": "data: {...}\n\ndata: [DONE]\n\n"}}
 
 
 @v1.post(

@@ -118,7 +118,7 @@ def _items(value: Any) -> list[str | list[int]]:
 
 def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
     """The schema of what `field` is the schema of, and of null."""
-    about = {key: field[key] for key in ("title", "description", "default") if key in field}
+    about: JsonSchemaValue = {key: field[key] for key in ("title", "description", "default") if key in field}
     kinds = field.get("anyOf") or [{key: value for key, value in field.items() if key not in about}]
     return {"anyOf": kinds if {"type": "null"} in kinds else [*kinds, {"type": "null"}], **about}
 

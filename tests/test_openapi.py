@@ -41,7 +41,7 @@ def test_what_is_answered_is_what_the_document_says(url: str, tmp_path: Path) ->
             "POST /v1/comparisons",
         ),
         *("--checks", "all", "--exclude-checks", LEFT_OUT, "--phases", "examples,coverage,fuzzing"),
-        *("--max-examples", "5", "--seed", "1", "--generation-deterministic", "--generation-database", "none"),
+        *("--max-examples", "5", "--seed", "1", "--generation-deterministic"),
         *("--suppress-health-check", "all", "--continue-on-failure", "--no-color", "--warnings", "off"),
     ]
     pytest.importorskip("schemathesis", reason="pip install -e '.[dev]' brings it")
