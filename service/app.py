@@ -8,12 +8,14 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from service import assets, errors
 from service.comparisons.live import Comparisons
@@ -21,7 +23,7 @@ from service.comparisons.routes import router as comparisons_router
 from service.completions import complete
 from service.completions_schema import CompletionAnswer, CompletionRequest
 from service.engine import Engine
-from service.errors import ApiError
+from service.errors import ApiError, Invalid
 from service.events import EventStream, stream
 from service.experiments.live import Experiments
 from service.experiments.routes import router as experiments_router
@@ -30,12 +32,25 @@ from service.inference_protocol import v2
 from service.library import Library, open_library
 from service.metrics import CONTENT_TYPE, Metrics, model_label
 from service.next_token import Answered, next_token
+from service.openapi import (
+    ALL,
+    READ,
+    Experiment,
+    Health,
+    Listed,
+    Live,
+    Model,
+    Models,
+    Named,
+    Serving,
+    refused,
+    without_the_frameworks,
+)
 from service.prefix_cache import prefix_caches
 from service.runtime import Runtime
 from service.schema import (
     DetokenizeAnswer,
     DetokenizeRequest,
-    ErrorAnswer,
     NextTokenAnswer,
     NextTokenRequest,
     ScoreAnswer,
@@ -126,14 +141,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(
         Frame, max_body_bytes=settings.max_body_bytes, timeout_s=settings.timeout_s, metrics=service.metrics
     )
-    app.include_router(v1)
-    app.include_router(experiments_router)
-    app.include_router(comparisons_router)
-    app.include_router(studies_router)
-    app.include_router(v2)
-    app.include_router(aliases)
-    app.include_router(health)
-    app.include_router(browser)
+    for router in _routers():
+        app.include_router(router)
+    without_the_frameworks(app)
     if assets.PAGE.is_dir():
         app.mount("/page", assets.page)
     return app
@@ -143,7 +153,20 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError) and error.status_code in (404, 405):
         error.detail = f"{request.method} {errors.shown(request.url.path)} is not offered; /docs lists what is"
+    if error.status_code == 405 and (methods := _methods(request)):
+        error.headers = {"Allow": ", ".join(sorted(methods))}  # the framework names those of the first route there
     return errors.answer(error, request.url.path)
+
+
+def _routers() -> tuple[APIRouter, ...]:
+    return v1, experiments_router, comparisons_router, studies_router, v2, aliases, health, browser
+
+
+def _methods(request: Request) -> set[str]:
+    """Those that a path has, over all of its routes."""
+    routes = chain(request.app.routes, *(router.routes for router in _routers()))
+    here = (route for route in routes if route.matches(request.scope)[0] != Match.NONE)
+    return {method for route in here for method in getattr(route, "methods", None) or ()}
 
 
 async def _on_bad_request(request: Request, error: Exception) -> Response:
@@ -171,25 +194,10 @@ def _body(body: bytes, status: int = 200) -> Response:
     return Response(body, status, media_type="application/json")
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "The body is not JSON."},
-    404: {"model": ErrorAnswer, "description": "No such variant; the message lists the known."},
-    408: {"model": ErrorAnswer, "description": "It waited too long."},
-    413: {"model": ErrorAnswer, "description": "The body is over the limit."},
-    422: {"model": ErrorAnswer, "description": "JSON that asks for what cannot be."},
-    429: {"model": ErrorAnswer, "description": "The queue is full; try again after Retry-After seconds."},
-    503: {"model": ErrorAnswer, "description": "The service is stopping."},
-}
-
-
-def _pick(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: _ERRORS[status] for status in statuses}
-
-
 v1 = APIRouter(prefix="/v1", tags=["API"])
 
 
-@v1.post("/next-token", response_model=NextTokenAnswer, response_model_exclude_none=True, responses=_ERRORS)
+@v1.post("/next-token", response_model=NextTokenAnswer, response_model_exclude_none=True, responses=refused(*ALL))
 async def post_next_token(asked: NextTokenRequest, request: Request) -> Response:
     """Probabilities of the token after each prompt, under each variant."""
     service = _service(request)
@@ -204,7 +212,7 @@ async def _next_token(asked: NextTokenRequest, names: Sequence[str], request: Re
     return _timed(request, await unless_gone(request, work))
 
 
-@v1.post("/score", response_model=ScoreAnswer, responses=_ERRORS)
+@v1.post("/score", response_model=ScoreAnswer, responses=refused(*ALL))
 async def post_score(asked: ScoreRequest, request: Request) -> Response:
     """Probabilities of given tokens right after query + item, in SGLang's shape."""
     service = _named(request, [asked.model])
@@ -212,13 +220,16 @@ async def post_score(asked: ScoreRequest, request: Request) -> Response:
     return _timed(request, await unless_gone(request, work))
 
 
-_STREAMED = {"text/event-stream": {"schema": {"type": "string"}, "example": "data: {...}\n\ndata: [DONE]\n\n"}}
+_STREAMED = {"text/event-stream": {"example": "data: {...}\n\ndata: [DONE]\n\n"}}
 
 
 @v1.post(
     "/completions",
     response_model=CompletionAnswer,
-    responses={**_ERRORS, 200: {"content": _STREAMED, "description": "With stream true, events of the same shape."}},
+    responses={
+        **refused(*ALL),
+        200: {"content": _STREAMED, "description": "With stream true, events of the same shape."},
+    },
 )
 async def post_completions(asked: CompletionRequest, request: Request) -> Response:
     """What comes after each prompt, in OpenAI's shape with vLLM's additions; streamed or not."""
@@ -254,7 +265,7 @@ def _timed(request: Request, answered: Answered) -> Response:
     return Response(answered.body, media_type="application/json", headers=times)
 
 
-@v1.get("/models")
+@v1.get("/models", response_model=Models)
 async def get_models(request: Request) -> Response:
     """The variants that serve, in OpenAI's list shape with facts of their manifests; the bundles refused.
 
@@ -267,15 +278,15 @@ async def get_models(request: Request) -> Response:
     return _json({"object": "list", "data": data, "refused": _refused(service.library), "experiments": experiments})
 
 
-@v1.get("/models/{name}", responses={404: _ERRORS[404]})
-async def get_model(name: str, request: Request) -> Response:
+@v1.get("/models/{name}", response_model=Model | Experiment, responses=refused(404))
+async def get_model(name: Named, request: Request) -> Response:
     """One variant of that list, or one experiment."""
     service = _service(request)
     experiment = next((each for each in service.experiments.summaries() if each["id"] == name), None)
     return _json(experiment or _model(service.library.one(name)))
 
 
-@v1.get("/activations")
+@v1.get("/activations", response_model=Listed)
 async def get_activations(request: Request) -> Response:
     """Every activation: formula, kind, paper, curve and slope, and the variants that have it."""
     return _service(request).activations.answer(request, max_age_s=0)
@@ -285,15 +296,21 @@ aliases = APIRouter(include_in_schema=False)  # where vLLM has what is also unde
 
 
 @aliases.get("/tokenizer_info")
-@v1.get("/tokenizer_info", response_model=TokenizerInfo, responses=_pick(404, 422))
+@v1.get("/tokenizer_info", response_model=TokenizerInfo, responses=refused(404, 422))
 async def get_tokenizer_info(request: Request, model: str = "*") -> Response:
     """The special tokens and sizes of a variant's tokenizer; without `model`, of the one that all share."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    for name in names:
+        if name != "model":
+            raise Invalid(f"unknown parameter {errors.shown(name)}; known: model{errors.nearest(name, ['model'])}")
+    if len(names) > 1:
+        raise Invalid(f"model is given {len(names)} times; give it once", "model")
     model = _service(request).experiments.tokenizer_of(model)
     return _body(_named(request, [model]).tokens.info(model))
 
 
 @aliases.post("/tokenize")
-@v1.post("/tokenize", response_model=TokenizeAnswer, responses=_pick(400, 404, 408, 413, 422))
+@v1.post("/tokenize", response_model=TokenizeAnswer, responses=refused(404, *READ))
 async def post_tokenize(asked: TokenizeRequest, request: Request) -> Response:
     """The token ids of a text, in vLLM's shape."""
     asked = asked.model_copy(update={"model": _service(request).experiments.tokenizer_of(asked.model)})
@@ -305,7 +322,7 @@ async def post_tokenize(asked: TokenizeRequest, request: Request) -> Response:
     "/detokenize",
     response_model=DetokenizeAnswer,
     response_model_exclude_none=True,
-    responses=_pick(400, 404, 408, 413, 422),
+    responses=refused(404, *READ),
 )
 async def post_detokenize(asked: DetokenizeRequest, request: Request) -> Response:
     """The text of token ids, in vLLM's shape; with its bytes, where these are no UTF-8."""
@@ -317,7 +334,7 @@ health = APIRouter(tags=["health"])
 
 
 @health.head("/health", include_in_schema=False)
-@health.get("/health")
+@health.get("/health", response_model=Health)
 async def get_health(request: Request) -> Response:
     """Both of the following in one."""
     service = _service(request)
@@ -325,14 +342,18 @@ async def get_health(request: Request) -> Response:
 
 
 @health.head("/health/live", include_in_schema=False)
-@health.get("/health/live")
+@health.get("/health/live", response_model=Live)
 async def get_live() -> Response:
     """200 as long as the process answers."""
     return _json({"live": True})
 
 
 @health.head("/health/ready", include_in_schema=False)
-@health.get("/health/ready", responses={503: {"description": "Not yet, or not any more: it is stopping."}})
+@health.get(
+    "/health/ready",
+    response_model=Serving,
+    responses={503: {"model": Serving, "description": "Not yet, or not any more: it is stopping."}},
+)
 async def get_ready(request: Request) -> Response:
     """200 while requests are taken; which variants serve, and which bundles were refused and why."""
     service = _service(request)

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError
+from pydantic_core.core_schema import CoreSchema
 
 from service.errors import shown
-from service.schema import Prompts, Request
+from service.schema import Prompts, Request, without_surrogates
 
 MAX_STOPS = 64  # each token's text is looked through for each
 MAX_STOP_CHARACTERS = 256
@@ -52,6 +63,11 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (),
     "logits_processors": ([],),
 }
+# `stop` and `logit_bias` to the document.
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,18}$")], Bias], Field(max_length=MAX_IDS)]
 INSTEAD = {"prompt_logprobs": "; echo with logprobs gives them", "suffix": "; only what comes after a prompt is known"}
 
 
@@ -68,7 +84,7 @@ def _stops(value: Any) -> list[str]:
                 "each text must have 1 to {most} characters; one has {has}",
                 {"most": MAX_STOP_CHARACTERS, "has": len(stop)},
             )
-    return list(dict.fromkeys(stops))
+    return list(dict.fromkeys(map(without_surrogates, stops)))
 
 
 def _bias(value: Any) -> dict[int, float]:
@@ -107,6 +123,12 @@ Number = Annotated[float, BeforeValidator(_finite_number), Field(allow_inf_nan=F
 Ids = Annotated[list[int], Field(max_length=MAX_IDS), AfterValidator(_unique)]
 
 
+def _same(value: Any, neutral: Any) -> bool:
+    """Whether they are one value in JSON, where 1.0 is 1 and no false is 0."""
+    numbers = type(value) is float and type(neutral) is int
+    return bool(value == neutral) and (type(value) is type(neutral) or numbers)
+
+
 class StreamOptions(Request):
     include_usage: bool = Field(default=False, description="A last chunk without choices has the usage.")
     continuous_usage_stats: bool = Field(default=False, description="With it: each chunk has its choice's so far.")
@@ -134,7 +156,7 @@ class CompletionRequest(Request):
     seed: int | None = Field(
         None, ge=-(1 << 63), lt=1 << 63, description="The same seed and request give the same choices, in any batch."
     )
-    stop: Annotated[list[str], PlainValidator(_stops, json_schema_input_type=str | list[str])] = Field(
+    stop: Annotated[list[str], PlainValidator(_stops, json_schema_input_type=Stop | Stops)] = Field(
         default=[], description=f"Up to {MAX_STOPS} texts, before the first of which a choice ends."
     )
     stop_token_ids: Ids = Field(default=[], description="Tokens that end a choice beside the end of text.")
@@ -155,7 +177,7 @@ class CompletionRequest(Request):
     logprob_token_ids: Ids | None = Field(None, description="Tokens to list at each place besides.")
     return_tokens_as_token_ids: bool = Field(False, description='Tokens are named "token_id:17" in logprobs.')
     return_token_ids: bool = Field(False, description="Choices have `token_ids`, and `prompt_token_ids` at first.")
-    logit_bias: Annotated[dict[int, float], PlainValidator(_bias, json_schema_input_type=dict[str, float])] = Field(
+    logit_bias: Annotated[dict[int, float], PlainValidator(_bias, json_schema_input_type=Biases)] = Field(
         default={}, description="Added to the logits of token ids before one is chosen, -100 to 100."
     )
     presence_penalty: Number = Field(0.0, ge=-2, le=2, description="Off the logit of what was generated.")
@@ -165,6 +187,15 @@ class CompletionRequest(Request):
         1.0, gt=0, le=100, description="Divides positive logits of what is in prompt or answer, multiplies others."
     )
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        reference = super().__get_pydantic_json_schema__(core_schema, handler)
+        fields = handler.resolve_ref_schema(reference)["properties"]
+        fields |= {name: {"description": "Taken; it changes nothing here."} for name in IGNORED}
+        for name, neutral in REFUSED.items():
+            fields[name] = {"enum": [*neutral, None], "description": f"Not offered{INSTEAD.get(name, '')}."}
+        return reference
+
     @model_validator(mode="before")
     @classmethod
     def _without_what_changes_nothing(cls, data: Any) -> Any:
@@ -172,7 +203,7 @@ class CompletionRequest(Request):
             return data
         for name, neutral in REFUSED.items():
             value = data.get(name)
-            if value is not None and not any(type(value) in (type(n), float) and value == n for n in neutral):
+            if value is not None and not any(_same(value, each) for each in neutral):
                 raise PydanticCustomError(
                     "not_offered",
                     "{name} is not offered; got {value}; leave it out{instead}",

@@ -19,6 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 STATUS = {
+    "invalid_http": 400,
     "invalid_json": 400,
     "invalid_inference": 400,  # what the Open Inference Protocol expects
     "invalid_request": 422,
@@ -30,6 +31,7 @@ STATUS = {
     "gone": 410,
     "too_large": 413,
     "queue_full": 429,
+    "head_too_large": 431,
     "client_gone": 499,  # nobody reads this one
     "internal": 500,
     "unavailable": 503,

@@ -13,7 +13,7 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import STATUS, ApiError, answer, defect, shown
+from service.errors import STATUS, ApiError, Invalid, answer, defect, shown
 from service.metrics import NONE, OTHER, Metrics
 
 T = TypeVar("T")
@@ -79,6 +79,8 @@ class Frame:
             announced = headers.get(b"content-length", b"0")
             if announced.isdigit() and int(announced[:20]) > self._max_body_bytes:
                 raise self._too_large(announced[:20].decode())
+            if b"content-encoding" in headers and not scope["path"].startswith("/v2/"):
+                _check_plain(headers[b"content-encoding"].decode("latin-1"))
             await self._app(scope, receive_bounded, send_framed)
         except Exception as error:
             if not isinstance(error, ApiError):
@@ -105,6 +107,12 @@ class Frame:
         return ApiError(
             "too_large", f"the body has {size} bytes; allowed: {self._max_body_bytes}; send smaller requests"
         )
+
+
+def _check_plain(encoding: str) -> None:
+    """Refuse a compressed body, which only the Open Inference Protocol's route reads."""
+    if encoding.strip().lower() not in ("", "identity"):
+        raise Invalid(f"the content-encoding {shown(encoding)} is not read here; send the body as it is, without it")
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:

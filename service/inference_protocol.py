@@ -13,16 +13,16 @@ Here are the routes; what their bodies hold is read and written by inference_wir
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 
 from service import inference_wire as wire
 from service.errors import ApiError, shown
 from service.frame import unless_gone
 from service.inference_wire import INPUTS, OUTPUTS, VERSION
+from service.openapi import InferenceError, Inferred, Live, ModelReady, Named, Ready, Server, Tensors, refused
 from service.variant import Variant
 
 if TYPE_CHECKING:
@@ -31,35 +31,32 @@ if TYPE_CHECKING:
 EXTENSIONS = ["binary_tensor_data"]
 
 
-class InferenceError(BaseModel):
-    error: str
-
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": InferenceError, "description": "It asks for what cannot be inferred."},
-    404: {"model": InferenceError, "description": "No such model or version; the message lists the known."},
-    408: {"model": InferenceError, "description": "It waited too long."},
-    413: {"model": InferenceError, "description": "The body is over the limit."},
-    429: {"model": InferenceError, "description": "The queue is full; try again after Retry-After seconds."},
-    503: {"model": InferenceError, "description": "The service is stopping."},
+_NOT_INFERRED = {
+    400: "It asks for what cannot be inferred.",
+    404: "No such model or version; the message lists the known.",
 }
+_NO_MODEL = refused(404, shape=InferenceError, means=_NOT_INFERRED)
 
 v2 = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 
 
-@v2.get("")
+@v2.get("", response_model=Server)
 async def get_server(request: Request) -> Response:
     """The server's name, version and extensions."""
     return JSONResponse({"name": "actuary", "version": request.app.version, "extensions": EXTENSIONS})
 
 
-@v2.get("/health/live")
+@v2.get("/health/live", response_model=Live)
 async def get_server_live() -> Response:
     """200 as long as the process answers."""
     return JSONResponse({"live": True})
 
 
-@v2.get("/health/ready", responses={503: {"description": "Not yet, or not any more: it is stopping."}})
+@v2.get(
+    "/health/ready",
+    response_model=Ready,
+    responses={503: {"model": Ready, "description": "Not yet, or not any more: it is stopping."}},
+)
 async def get_server_ready(request: Request) -> Response:
     """200 while requests are taken."""
     ready = _service(request).ready
@@ -67,8 +64,8 @@ async def get_server_ready(request: Request) -> Response:
 
 
 @v2.get("/models/{name}/versions/{version}", include_in_schema=False)
-@v2.get("/models/{name}", responses={404: _ERRORS[404]})
-async def get_tensors(name: str, request: Request) -> Response:
+@v2.get("/models/{name}", response_model=Tensors, responses=_NO_MODEL)
+async def get_tensors(name: Named, request: Request) -> Response:
     """The model's tensors. `lengths` may be left out: all prompts are T long then."""
     variant = _variant(name, request)
     inputs = [{"name": tensor, "datatype": "INT64", "shape": shape} for tensor, shape in INPUTS.items()]
@@ -79,8 +76,12 @@ async def get_tensors(name: str, request: Request) -> Response:
 
 
 @v2.get("/models/{name}/versions/{version}/ready", include_in_schema=False)
-@v2.get("/models/{name}/ready", responses={404: _ERRORS[404], 503: {"description": "As for the server."}})
-async def get_model_ready(name: str, request: Request) -> Response:
+@v2.get(
+    "/models/{name}/ready",
+    response_model=ModelReady,
+    responses={**_NO_MODEL, 503: {"model": ModelReady, "description": "As for the server."}},
+)
+async def get_model_ready(name: Named, request: Request) -> Response:
     """200 while requests for the model are taken."""
     variant, ready = _variant(name, request), _service(request).ready
     return JSONResponse({"name": variant.name, "ready": ready}, 200 if ready else 503)
@@ -97,8 +98,16 @@ _BODY = {"required": True, "content": {"application/json": {"schema": {"type": "
 
 
 @v2.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
-@v2.post("/models/{name}/infer", openapi_extra={"requestBody": _BODY}, responses=_ERRORS)
-async def post_infer(name: str, request: Request) -> Response:
+@v2.post(
+    "/models/{name}/infer",
+    response_model=Inferred,
+    openapi_extra={"requestBody": _BODY},
+    responses={
+        200: {"content": {"application/octet-stream": {}}, "description": "With outputs in binary, bytes after JSON."},
+        **refused(400, 404, 408, 413, 429, 503, shape=InferenceError, means=_NOT_INFERRED),
+    },
+)
+async def post_infer(name: Named, request: Request) -> Response:
     """The next token's logits, softmax and sigmoid for each row of `input_ids`; those named in `outputs`, or all."""
     variant, service = _variant(name, request), _service(request)
     body = await request.body()

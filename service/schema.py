@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError
+from pydantic_core.core_schema import CoreSchema
 
 from service.errors import nearest, shown
 
+T = TypeVar("T")
 MAX_TOKENS_ASKED = 256  # each costs one pass over the V logits of every result
+
+# What the document says of values that functions check here: they say more, and say it better.
+Text = Annotated[str, Field(min_length=1)]
+Id = Annotated[int, Field(ge=0)]
+Several = Annotated[list[T], Field(min_length=1)]
+MostTokens = Annotated[list[Text | Id], Field(max_length=MAX_TOKENS_ASKED)]
 
 
 def _text(value: str) -> str:
@@ -24,6 +41,11 @@ def _any_text(value: str) -> str:
     """`value`, where a tokenizer can take it."""
     if "\0" in value:
         raise PydanticCustomError("nul", "holds U+0000, which is no text; remove it")
+    return without_surrogates(value)
+
+
+def without_surrogates(value: str) -> str:
+    """`value`, where UTF-8 can carry it."""
     if not value.isascii():
         try:
             value.encode()
@@ -94,14 +116,31 @@ def _items(value: Any) -> list[str | list[int]]:
     raise PydanticCustomError("items", "must be a text, a list of texts, or a list of lists of whole token ids")
 
 
+def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
+    """The schema of what `field` is the schema of, and of null."""
+    about: JsonSchemaValue = {key: field[key] for key in ("title", "description", "default") if key in field}
+    kinds = field.get("anyOf") or [{key: value for key, value in field.items() if key not in about}]
+    return {"anyOf": kinds if {"type": "null"} in kinds else [*kinds, {"type": "null"}], **about}
+
+
 Prompts = Annotated[
     list[str | list[int]],
-    PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    PlainValidator(_prompts, json_schema_input_type=Text | Several[Text] | Several[Id] | Several[Several[Id]]),
 ]
 
 
 class Request(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The document says that a field which may be left out may be null."""
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        for name, field in schema["properties"].items():
+            if name not in schema.get("required", ()):
+                schema["properties"][name] = _or_null(field)
+        return reference
 
     @model_validator(mode="before")
     @classmethod
@@ -131,12 +170,12 @@ class NextTokenRequest(Request):
         }
     )
 
-    model: Annotated[list[str], PlainValidator(_models, json_schema_input_type=str | list[str])] = Field(
+    model: Annotated[list[str], PlainValidator(_models, json_schema_input_type=str | Several[str])] = Field(
         description='A variant\'s name, several, or "*" for all of them.'
     )
     prompt: Prompts = Field(description="One prompt or several, as text or as token ids.")
     top_k: int = Field(10, ge=0, description="How many of the likeliest tokens, up to all.")
-    tokens: Annotated[list[str | int], PlainValidator(_tokens, json_schema_input_type=list[str | int])] = Field(
+    tokens: Annotated[list[str | int], PlainValidator(_tokens, json_schema_input_type=MostTokens)] = Field(
         default=[], description="Tokens to report besides: an id, or a text that is exactly one token."
     )
 
@@ -219,11 +258,11 @@ class ScoreRequest(Request):
     )
 
     model: str = Field(description="A variant's name.")
-    query: Annotated[str | list[int], PlainValidator(_query, json_schema_input_type=str | list[int])] = Field(
+    query: Annotated[str | list[int], PlainValidator(_query, json_schema_input_type=str | list[Id])] = Field(
         description="Text or token ids; may be empty where no item is."
     )
     items: Annotated[
-        list[str | list[int]], PlainValidator(_items, json_schema_input_type=str | list[str] | list[list[int]])
+        list[str | list[int]], PlainValidator(_items, json_schema_input_type=str | list[str] | list[list[Id]])
     ] = Field(description="Texts with a query of text, lists of ids with one of ids.")
     label_token_ids: list[int] = Field(min_length=1, description="The tokens to score, by id.")
     apply_softmax: bool = Field(False, description="Over the labels alone, which then sum to 1; else over V.")
@@ -249,7 +288,7 @@ class OutcomeRequest(Request):
     model_config = ConfigDict(json_schema_extra={"examples": [{"id": "1f0c2a9b00112233445566aa", "token": " None"}]})
 
     id: str = Field(max_length=64, description="The answer's x-exposure-id.")
-    token: Annotated[str | int, PlainValidator(lambda value: _tokens([value])[0], json_schema_input_type=str | int)] = (
+    token: Annotated[str | int, PlainValidator(lambda value: _tokens([value])[0], json_schema_input_type=Text | Id)] = (
         Field(description="Its id, or its text, which must be exactly one token.")
     )
     prompt_index: int = Field(0, ge=0, description="Of an answer to several prompts.")

@@ -13,6 +13,7 @@ import click
 import uvicorn
 
 from service.app import Service, create_app
+from service.connection import Connection
 from service.settings import Settings
 
 ARRIVED_S = 0.05  # for what had reached the machine when it was told to stop: to be taken, and then to be read
@@ -57,6 +58,8 @@ def serve_until_stopped(settings: Settings, listener: socket.socket) -> None:
     app = create_app(settings)
     config = uvicorn.Config(
         app,
+        http=Connection,
+        ws="none",  # nothing here speaks it; what asks for it is answered in HTTP
         access_log=settings.access_log,
         log_level="info" if settings.access_log else "warning",
         server_header=False,

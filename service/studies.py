@@ -17,7 +17,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import ApiError, nearest, shown
-from service.schema import ErrorAnswer
+from service.openapi import Listed, refused
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 LARGEST: Final = 4 << 20  # bytes; ours have under 150 KB
@@ -143,14 +143,14 @@ def _studies(request: Request) -> Studies:
     return studies
 
 
-@router.get("")
+@router.get("", response_model=Listed)
 async def get_studies(request: Request) -> Response:
     """Those in the folder of --studies, by number: claim, verdict, sentence; and beside them the damaged files."""
     found = await asyncio.to_thread(_studies(request).all)
     return Response(json.dumps(found, ensure_ascii=False).encode(), media_type="application/json")
 
 
-@router.get("/{name}", responses={404: {"model": ErrorAnswer, "description": "No such study; the message lists them."}})
+@router.get("/{name}", responses=refused(404, means={404: "No such study; the message lists them."}))
 async def get_study(name: str, request: Request) -> Response:
     """One whole: figures beside the article's, tables, charts, settings, and what only the page draws."""
     body = await asyncio.to_thread(_studies(request).one, name)

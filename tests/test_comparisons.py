@@ -15,6 +15,7 @@ from typing import Any
 import httpx2 as httpx
 import psutil
 import pytest
+from annotated_types import Le
 from compare_runs import TRUTH, write_run
 from conftest import serving
 from kept_comparisons import Silent, keep
@@ -117,6 +118,8 @@ def test_one_is_started_watched_and_read(service: tuple[str, Any, Path]) -> None
     report = httpx.get(f"{url}/v1/comparisons/{begun['id']}/report")
     assert report.content == (folder / done["id"] / "report.html").read_bytes()
     assert report.headers["content-type"].startswith("text/html")
+    ranged = httpx.get(f"{url}/v1/comparisons/{begun['id']}/report", headers={"range": "bytes=none"})
+    assert (ranged.status_code, ranged.content) == (200, report.content)
     assert "sandbox" in report.headers["content-security-policy"]
     (listed,) = httpx.get(f"{url}/v1/comparisons").json()["data"]
     assert listed == {name: done[name] for name in listed}
@@ -202,6 +205,8 @@ def test_one_that_fails_says_why(here: tuple[TestClient, Path]) -> None:
         ({"users": 10_001}, 422, "users", "less than or equal to 10000"),
         ({"users": 1.5}, 422, "users", "valid integer"),
         ({"rate": 0}, 422, "rate", "greater than 0"),
+        ({"rate": 1e308}, 422, "rate", "less than or equal to 1000000"),
+        ({"rate": 0.001, "minutes": 5}, 422, "rate", "rate 0.001 plans 0.3 requests in 5"),
         ({"equivalence": 1}, 422, "equivalence", "less than 1"),
         ({"url": "http://elsewhere"}, 422, None, "unknown field 'url'"),
     ],
@@ -225,6 +230,9 @@ def test_its_limits_are_those_of_the_command() -> None:
         assert fields[name].default == options[name].default
     for name in ("minutes", "rate", "equivalence"):
         assert (options[name].type.min, options[name].type.min_open) == (0, True)
+    for name in ("minutes", "rate"):
+        [most] = [limit.le for limit in fields[name].metadata if isinstance(limit, Le)]
+        assert most == options[name].type.max
 
 
 def test_an_experiment_is_no_arm_and_its_record_stays_its_users(comparable: Path, tmp_path: Path) -> None:

@@ -480,6 +480,7 @@ WRONG: list[tuple[Any, str]] = [
     ({**TWO, "equivalence": 0}, "equivalence"),
     ({**TWO, "equivalence": True}, "equivalence"),
     ({**TWO, "wieghts": 1}, "unknown field"),
+    ({**TWO, "\ud800": 1}, "unknown field '\\ud800'; known: arms"),
 ]
 
 
@@ -522,6 +523,9 @@ def test_a_wrong_name_or_body_is_refused(refusing: TestClient, name: str, body: 
     response = refusing.put(f"/v1/experiments/{name}", content=body.encode("latin-1"), headers=headers)
     assert says in error(response, status)
     assert error(refusing.put("/v1/experiments/act", content=json.dumps(TWO)), 422).startswith("the body was not read")
+    assert "not JSON" in error(
+        refusing.put("/v1/experiments/act", content=b"{", headers={"content-type": "Application/JSON"}), 400
+    )
 
 
 @pytest.mark.parametrize(

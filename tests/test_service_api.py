@@ -309,6 +309,14 @@ def test_plotly_is_served_compressed_and_cached(client: TestClient) -> None:
     plain = client.get("/assets/plotly.min.js", headers={"accept-encoding": "identity"})
     assert "content-encoding" not in plain.headers
     assert plain.text == first.text
+    for accepted, packed in (
+        ("gzip;q=0, *", False),
+        ("br, GZIP;q=0.5", True),
+        ("gzip; q=0.0", False),
+        ("gzip;q=1", True),
+    ):
+        answer = client.get("/assets/plotly.min.js", headers={"accept-encoding": accepted})
+        assert ("content-encoding" in answer.headers) == packed, accepted
     again = client.get("/assets/plotly.min.js", headers={"if-none-match": first.headers["etag"]})
     assert again.status_code == 304
     assert not again.content

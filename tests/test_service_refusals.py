@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,30 @@ def test_the_wrong_content_type_is_refused(client: TestClient) -> None:
         response = client.post(NEXT, content=body, headers={"content-type": content_type})
         assert response.status_code == 422
         assert "application/json" in refusal(response)["message"]
+
+
+@pytest.mark.parametrize("path", [NEXT, "/v1/completions", "/v1/score", "/v1/tokenize", "/tokenize", "/v1/comparisons"])
+def test_a_compressed_body_is_refused_and_not_read_as_it_is(client: TestClient, path: str) -> None:
+    for encoding, body in (("gzip", gzip.compress(b"{}")), ("br", b'{"model": "gelu", "prompt": "a"}')):
+        response = client.post(path, content=body, headers={**JSON, "content-encoding": encoding})
+        assert response.status_code == 422
+        assert f"content-encoding '{encoding}' is not read here" in refusal(response)["message"]
+    body = b'{"model": "gelu", "prompt": "a"}'
+    assert client.post(NEXT, content=body, headers={**JSON, "content-encoding": "Identity"}).status_code == 200
+
+
+def test_allow_names_the_methods_of_all_routes_of_a_path(client: TestClient) -> None:
+    for path, methods in (
+        (NEXT, "POST"),
+        ("/v1/experiments/act", "DELETE, GET, POST, PUT"),
+        ("/v1/comparisons", "GET, POST"),
+        ("/v1/comparisons/x", "DELETE, GET"),
+        ("/health", "GET, HEAD"),
+        ("/page/main.js", "GET, HEAD"),
+        ("/v2/models/gelu/versions/1/infer", "POST"),
+    ):
+        response = client.request("PATCH", path)
+        assert (response.status_code, response.headers["allow"]) == (405, methods)
 
 
 def test_routes_and_methods_that_are_not_there(client: TestClient) -> None:

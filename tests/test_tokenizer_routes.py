@@ -262,6 +262,11 @@ def test_an_unknown_model_has_no_tokenizer(client: TestClient) -> None:
     refusal(client.get("/tokenizer_info?model="), 404)
 
 
+def test_a_parameter_that_would_be_passed_over_is_refused(client: TestClient) -> None:
+    for query, says in (("modle=gelu", "did you mean 'model'?"), ("model=gelu&model=swiglu", "model is given 2 times")):
+        assert says in refusal(client.get(f"/v1/tokenizer_info?{query}"), 422)["message"]
+
+
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.text(st.characters(categories=["Cs"])),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),

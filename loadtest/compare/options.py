@@ -28,6 +28,7 @@ FREE = ("resume", "json_file", "with_parent")
 _PATH = click.Path(path_type=Path)
 # A week: what a run cannot last is a slip of the keyboard, and its number of rounds overflows.
 _MINUTES = Finite(min=0, max=10_080, min_open=True)
+_RATE = Finite(min=0, max=1_000_000, min_open=True)  # at 1e308 a block's arrivals are planned for ever
 _SHARE = Finite(min=0, max=1, min_open=True, max_open=True)
 
 
@@ -39,7 +40,7 @@ _OPTIONS = (
     _option("--variants", metavar="A,B,C", help="What is compared.  [default: all that the server lists]"),
     _option("--baseline", metavar="A", help="What the others are compared with.  [default: the first]"),
     _option("--minutes", type=_MINUTES, default=5.0, help="Of load at most."),
-    _option("--rate", type=POSITIVE, help="Arrivals per second of the arm that is visited; else a closed loop."),
+    _option("--rate", type=_RATE, help="Arrivals per second of the arm that is visited; else a closed loop."),
     _option(
         "--users",
         type=click.IntRange(1, 10_000),

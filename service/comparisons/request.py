@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, PlainValidator
+from pydantic import ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.errors import Invalid, shown
 from service.library import Library
 from service.schema import Request
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MOST_RATE = 1_000_000  # at 1e308 a block's arrivals are planned for ever
 MOST_MINUTES = 7 * 24 * 60
+
+
+TwoOrMore = Annotated[list[str], Field(min_length=2, json_schema_extra={"uniqueItems": True})]
 
 
 def _variants(value: Any) -> list[str]:
@@ -39,12 +43,29 @@ class ComparisonRequest(Request):
         json_schema_extra={"examples": [{"variants": ["gelu", "swiglu"], "baseline": "gelu", "minutes": 3, "users": 4}]}
     )
 
-    variants: Annotated[list[str], PlainValidator(_variants, json_schema_input_type=list[str])]
+    variants: Annotated[list[str], PlainValidator(_variants, json_schema_input_type=TwoOrMore)]
     baseline: str | None = Field(None, description="What the others are compared with; the first, if not given.")
     minutes: float = Field(5.0, gt=0, le=MOST_MINUTES, description="Of load at most.")
     users: int | None = Field(None, ge=1, le=10_000, description="At once, in a closed loop; 4, if not given.")
-    rate: Positive | None = Field(None, description="Poisson arrivals per second, in place of a closed loop.")
+    rate: float | None = Field(
+        None, gt=0, le=MOST_RATE, description="Poisson arrivals per second, in place of a closed loop."
+    )
     equivalence: float = Field(0.02, gt=0, lt=1, description="A difference that does not matter, as a share.")
+
+    @model_validator(mode="after")
+    def _plans_something(self) -> ComparisonRequest:
+        planned, arms = self.minutes * 60 * (math.inf if self.rate is None else self.rate), len(self.variants) + 1
+        if planned < arms:
+            raise PydanticCustomError(
+                "rate",
+                "rate {rate} plans {planned} requests in {minutes} minutes, and there are {arms} arms, the baseline "
+                "twice; raise rate or minutes",
+                {
+                    **{"rate": shown(self.rate), "planned": f"{planned:.2g}", "minutes": shown(self.minutes)},
+                    **{"arms": arms, "param": "rate"},
+                },
+            )
+        return self
 
     def check(self, library: Library, experiments: Mapping[str, Collection[str]]) -> None:
         """ApiError where the service does not have what is named, or it is an experiment; of these the arms."""

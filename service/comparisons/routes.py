@@ -6,7 +6,6 @@ import asyncio
 import ipaddress
 import json
 from contextlib import suppress
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
@@ -14,7 +13,7 @@ from fastapi.responses import FileResponse
 from service.comparisons.live import Comparisons
 from service.comparisons.request import ComparisonRequest
 from service.errors import ApiError
-from service.schema import ErrorAnswer
+from service.openapi import READ, Comparison, ComparisonList, refused
 
 router = APIRouter(prefix="/v1/comparisons", tags=["comparisons"])
 
@@ -24,11 +23,10 @@ REPORT_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; sandbox allow-scripts allow-downloads"
 )
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    404: {"model": ErrorAnswer, "description": "No such comparison, or variant."},
-    409: {"model": ErrorAnswer, "description": "One runs already; or it runs, and was not started here."},
-    422: {"model": ErrorAnswer, "description": "JSON that asks for what cannot be."},
-    503: {"model": ErrorAnswer, "description": "Comparisons are off here; the message says how to have them."},
+_MEANS = {
+    404: "No such comparison, or variant.",
+    409: "One runs already; or it runs, and was not started here.",
+    503: "Comparisons are off here; the message says how to have them.",
 }
 
 
@@ -41,7 +39,7 @@ def _json(content: object, status: int = 200) -> Response:
     return Response(json.dumps(content, ensure_ascii=False).encode(), status, media_type="application/json")
 
 
-@router.get("")
+@router.get("", response_model=ComparisonList)
 async def get_comparisons(request: Request) -> Response:
     """Those kept in the folder of --compare, newest first; and why none can be started, where that is so."""
     comparisons = _comparisons(request)
@@ -49,7 +47,7 @@ async def get_comparisons(request: Request) -> Response:
     return _json({"object": "list", "data": data, "enabled": comparisons.runs is not None, "why": comparisons.why_not})
 
 
-@router.post("", status_code=201, responses=_ERRORS)
+@router.post("", status_code=201, response_model=Comparison, responses=refused(404, 409, 503, *READ, means=_MEANS))
 async def post_comparison(asked: ComparisonRequest, request: Request) -> Response:
     """Begin a comparison of variants served here, under load from this machine. One at a time."""
     if request.app.state.service.draining:
@@ -57,22 +55,28 @@ async def post_comparison(asked: ComparisonRequest, request: Request) -> Respons
     return _json(await _comparisons(request).start(asked, _url(request)), 201)
 
 
-@router.get("/{id}", responses=_ERRORS)
+@router.get("/{id}", response_model=Comparison, responses=refused(404, 503, means=_MEANS))
 async def get_comparison(id: str, request: Request) -> Response:
     """How far it is, each arm's p50 by round; the verdict when it has ended."""
     return _json(await _comparisons(request).one(id))
 
 
-@router.delete("/{id}", responses=_ERRORS)
+@router.delete("/{id}", response_model=Comparison, responses=refused(404, 409, 503, means=_MEANS))
 async def delete_comparison(id: str, request: Request) -> Response:
     """Stop it. What was measured is judged, which takes some seconds, and kept."""
     return _json(await _comparisons(request).stop(id))
 
 
-@router.get("/{id}/report", response_class=FileResponse, responses=_ERRORS)
+@router.get(
+    "/{id}/report",
+    response_class=FileResponse,
+    responses={200: {"content": {"text/html": {}}}, **refused(404, 503, means=_MEANS)},
+)
 async def get_report(id: str, request: Request) -> Response:
     """Its report.html."""
     path = await asyncio.to_thread(_comparisons(request).report, id)
+    # Whole, whatever part is asked for: to a range that is none the framework answers 400 in a shape of its own.
+    request.scope["headers"] = [header for header in request.scope["headers"] if header[0] != b"range"]
     headers = {"content-security-policy": REPORT_POLICY, "cache-control": "no-cache", "referrer-policy": "no-referrer"}
     return FileResponse(path, media_type="text/html", headers=headers)
 

@@ -117,9 +117,7 @@ def parse(name: str, fields: object, library: Library) -> Definition:
         raise Invalid(f"an experiment is an object with {_one_of(FIELDS)}; got {shown(fields)}")
     for field in fields:
         if field not in FIELDS:
-            raise Invalid(
-                f"unknown field {shown(field)}; known: {', '.join(FIELDS)}{nearest(str(field), FIELDS)}", field
-            )
+            raise Invalid(f"unknown field {shown(field)}; known: {', '.join(FIELDS)}{nearest(field, FIELDS)}")
     arms = _arms(fields.get("arms"), library)
     shadows = _shadows(fields.get("shadows"), arms, library)
     if len(arms) == 1 and not shadows:
