@@ -78,8 +78,9 @@ load: | $(VENV)/.installed ## Load on the running service, one row per variant
 bench: $(OPS)/library.json $(VENV)/.installed-bench ## Our server against other engines, 40 minutes; stopped, it goes on. BENCH=--quick gives arguments
 	$(ACTUARY) bench serve --ops $(OPS) --out $(ARTIFACTS)/bench-serve $(BENCH)
 
+# Three at a time: with two, a quarter of two cores waits for servers, browsers and the disk.
 test: $(VENV)/.installed-dev ## Every test that this machine can run
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 gpu-check: $(VENV)/.installed-dev ## On a CUDA device: check and measure the fused operators, write a section for docs/log.md
 	$(BIN)/python -m export.ops.gpu_check --out $(ARTIFACTS)/gpu-check
